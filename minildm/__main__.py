@@ -1,0 +1,180 @@
+"""The command line: python -m minildm demo | sample | train | evaluate | bench."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+
+def positive(text: str) -> float:
+    """A number above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser("python -m minildm", description="Latent diffusion, from raw MNIST to a prompt.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="draw ten digits with the shipped weights")
+    demo.add_argument("--out", type=Path, default=Path("demo.png"))
+
+    sample = commands.add_parser("sample", help="draw what a prompt says")
+    sample.add_argument("prompts", nargs="+", help='such as "a thick slanted seven"')
+    sample.add_argument("--model", default="mnist-text", help="a shipped name or a folder")
+    sample.add_argument("--count", type=int, default=8, help="images for each prompt")
+    sample.add_argument("--steps", type=int, default=20)
+    sample.add_argument("--guidance-scale", type=float, default=2.0)
+    sample.add_argument("--sampler", default="ddim", help="ddim, ddpm or dpm++")
+    sample.add_argument("--eta", type=float, default=0.0, help="share of DDPM's noise in ddim, 0 to 1")
+    sample.add_argument("--init", type=Path, help="start from this picture (image to image)")
+    sample.add_argument("--strength", type=float, default=0.6, help="how much of it to redo, up to 1")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--out", type=Path, default=Path("sample.png"))
+
+    train = commands.add_parser("train", help="train a recipe from raw data; without one, list the recipes")
+    train.add_argument("recipe", nargs="?")
+    length = train.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=positive, help="wall clock for everything (default 5)")
+    length.add_argument("--steps", type=int, help="optimiser steps of all stages together")
+    train.add_argument("--out", type=Path, help="folder of the run (default runs/RECIPE)")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+    evaluate = commands.add_parser("evaluate", help="measure a model and write metrics.json beside it")
+    evaluate.add_argument("model", help="a shipped name or a folder")
+    evaluate.add_argument("--samples", type=int, default=10_000)
+    evaluate.add_argument("--steps", type=int, default=20)
+    evaluate.add_argument("--guidance-scale", type=float, default=2.0)
+    evaluate.add_argument("--sampler", default="ddim", help="ddim, ddpm or dpm++")
+    evaluate.add_argument("--out", type=Path, help="the file to write (default metrics.json in the model's folder)")
+
+    commands.add_parser("bench", help="time both stages and sampling on this machine")
+    return parser
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """Ten digits from prompts, and the seconds that each stage took."""
+    start = time.perf_counter()
+
+    def lap(what: str) -> None:
+        nonlocal start
+        print(f"{time.perf_counter() - start:6.2f} s  {what}")
+        start = time.perf_counter()
+
+    from minildm.data import DIGIT_NAMES, seeded
+    from minildm.pipeline import LatentDiffusion
+    from minildm.sampling import sample, timesteps
+    from minildm.viz import save_png
+
+    lap("import")
+    model = LatentDiffusion.from_pretrained("mnist-text")
+    lap("load the weights")
+    import torch
+
+    with torch.no_grad():
+        prompts = [f"a {name}" for name in DIGIT_NAMES]
+        denoise = model.denoiser(prompts, guidance_scale=2.0)
+        lap("read the prompts (transformer)")
+        generator = seeded(0)
+        z = torch.randn(len(prompts), *model.latent_shape, generator=generator)
+        for z in sample(denoise, model.schedule, z, timesteps(model.schedule, 20), generator):  # noqa: B007, B020
+            pass
+        lap("denoise 10 latents in 20 steps with guidance (UNet)")
+        images = model.decode(z)
+        lap("decode them to images (autoencoder)")
+    save_png(images, args.out)
+    lap(f"write {args.out}")
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    """A PNG grid, one row for each prompt."""
+    from minildm.data import pick_device
+    from minildm.pipeline import LatentDiffusion
+    from minildm.viz import load_png, save_png
+
+    if args.count < 1:
+        raise ValueError(f"--count must be at least 1, not {args.count}.")
+    model = LatentDiffusion.from_pretrained(args.model).to(pick_device())
+    images = model.sample(
+        [prompt for prompt in args.prompts for _ in range(args.count)],
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        seed=args.seed,
+        sampler=args.sampler,
+        eta=args.eta,
+        init=load_png(args.init) if args.init else None,
+        strength=args.strength,
+    )
+    save_png(images, args.out, columns=args.count)
+    print(f"wrote {args.out}")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """Train a recipe, or list the recipes."""
+    from minildm.recipes import RECIPES, find_recipe, train_recipe
+    from minildm.training import Budget
+
+    if args.recipe is None:
+        for name, recipe in RECIPES.items():
+            print(f"{name:18} {' '.join(type(recipe).__doc__.split())}")
+        return
+    find_recipe(args.recipe)
+    out = args.out or Path("runs") / args.recipe
+    if args.steps is not None and args.steps < 2:
+        raise ValueError(f"--steps must be at least 2, not {args.steps}.")
+    budget = Budget(steps=args.steps) if args.steps else Budget(seconds=60 * (args.minutes or 5))
+    start = time.monotonic()
+    try:
+        train_recipe(args.recipe, out, budget, args.resume)
+    except KeyboardInterrupt:
+        sys.exit(f"\nstopped; go on with the same command and --resume --out {out}")
+    print(f"wrote {out} after {time.monotonic() - start:.0f} s in all")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """Measure a text-to-image model; print the figures and write them as JSON."""
+    from minildm.data import pick_device, write_atomically
+    from minildm.pipeline import LatentDiffusion, weights_root
+    from minildm.recipes import evaluate, load_judge
+
+    model = LatentDiffusion.from_pretrained(args.model).to(pick_device())
+    sampling = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
+    figures = evaluate(model, load_judge(), args.samples, **sampling)
+    for name, value in figures.items():
+        print(f"{name:22} {value:10.4g}")
+    folder = Path(args.model) if Path(args.model).is_dir() else weights_root() / args.model
+    text = json.dumps(sampling | {k: round(v, 4) for k, v in figures.items()}, indent=1)
+    write_atomically(args.out or folder / "metrics.json", lambda file: file.write_text(text))
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    """Print the benchmark's figures."""
+    from minildm.bench import run
+
+    for name, value in run().items():
+        print(f"{name:48} {value:10.4g}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Bad input, files or folders end with one sentence and exit code 2."""
+    args = build_parser().parse_args(arguments)
+    command = {"demo": run_demo, "sample": run_sample, "train": run_train, "evaluate": run_evaluate, "bench": run_bench}
+    from minildm.data import DataError
+
+    try:
+        command[args.command](args)
+    except (DataError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error.filename} cannot be written ({error.strerror}): choose another place.", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""How fast this machine trains and samples, measured in one run: `python -m minildm bench`."""
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from minildm.data import pick_device
+from minildm.losses import first_stage_loss_fn
+from minildm.pipeline import LatentDiffusion, second_stage_loss_fn
+from minildm.recipes import RECIPES
+from minildm.training import Budget, TrainState, train
+
+PROMPT = "a thick slanted seven"
+
+
+def median_seconds(work: Callable[[], object], repeats: int = 7) -> float:
+    """The median wall clock of `work()` over `repeats` runs, after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def convolution_throughput(batch: int = 128, channels: int = 128, size: int = 8) -> float:
+    """GFLOP/s of a 3×3 convolution, forward and backward, on this machine (a multiply and an add are two)."""
+    device = pick_device()
+    x = torch.randn(batch, channels, size, size, device=device, requires_grad=True)
+    weight = torch.randn(channels, channels, 3, 3, device=device, requires_grad=True)
+    seconds = median_seconds(lambda: F.conv2d(x, weight, padding=1).sum().backward())
+    return 3 * 2 * batch * size**2 * channels**2 * 9 / seconds / 1e9
+
+
+def stage_step(model, loss_fn: Callable, lr: float) -> Callable[[], object]:
+    """One whole training step (loss, gradients, optimiser, EMA) as a function to time."""
+    steps = train(TrainState.start(model.requires_grad_(True), lr, seed=0), loss_fn, Budget(steps=10_000), lr)
+    return lambda: next(steps)
+
+
+def run() -> dict[str, float]:
+    """All figures by name, for the recipe mnist-text on random data."""
+    recipe, device = RECIPES["mnist-text"], pick_device()
+    torch.manual_seed(0)
+    model = LatentDiffusion(recipe.config).to(device)
+    model.autoencoder.set_latent_statistics(torch.randn(64, *model.latent_shape))
+    images = torch.randint(0, 256, (1024, 1, 32, 32), dtype=torch.uint8)
+    latents, captions = torch.randn(1024, *model.latent_shape), [PROMPT] * 1024
+
+    first = stage_step(
+        model.autoencoder, first_stage_loss_fn(images, recipe.first.batch_size, recipe.kl_weight), recipe.first.lr
+    )
+    second_loss = second_stage_loss_fn(model, latents, captions, recipe.second.batch_size)
+    second = stage_step(model.second_stage, second_loss, recipe.second.lr)
+    first_seconds, second_seconds = median_seconds(first), median_seconds(second)
+    peak = convolution_throughput()
+    with FlopCounterMode(display=False) as counter:
+        second_loss(model.second_stage, torch.Generator().manual_seed(0)).backward()
+    reached = counter.get_total_flops() / second_seconds / 1e9
+    model.requires_grad_(False).eval()
+    sampling = median_seconds(lambda: model.sample([PROMPT] * 16), repeats=3)
+    return {
+        f"first stage, steps/s (batch {recipe.first.batch_size})": 1 / first_seconds,
+        f"second stage, steps/s (batch {recipe.second.batch_size})": 1 / second_seconds,
+        "sampling, images/s (16 at once, 20 DDIM steps, w = 2)": 16 / sampling,
+        "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "3x3 convolution, GFLOP/s": peak,
+        "second stage, GFLOP/s": reached,
+        "second stage, share of the convolution's": reached / peak,
+    }

@@ -1,0 +1,294 @@
+"""Recipes: from raw data to a trained model in one call, resumable, and the figures that judge the result."""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from minildm.autoencoder import AutoencoderConfig, AutoencoderKL
+from minildm.data import (
+    MNIST_SHA256,
+    DataError,
+    StrokeWords,
+    load_mnist,
+    pick_device,
+    sha256,
+    to_float,
+    to_uint8,
+    write_atomically,
+)
+from minildm.losses import first_stage_loss_fn, psnr
+from minildm.metrics import DigitClassifier, classifier_loss, frechet_distance, predict
+from minildm.pipeline import LatentDiffusion, LDMConfig, encode_all, read_model, second_stage_loss_fn
+from minildm.training import (
+    Budget,
+    TrainState,
+    load_checkpoint,
+    load_weights,
+    progress_line,
+    read_safetensors,
+    save_checkpoint,
+    train,
+)
+from minildm.unet import UNetConfig
+
+CHECKPOINT_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage is trained: images a step, peak learning rate, decay of the EMA and of the weights."""
+
+    batch_size: int
+    lr: float
+    ema_decay: float = 0.999
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class TextRecipe:
+    """Text to image on MNIST with captions, both stages; the first takes `first_share` of the budget."""
+
+    config: LDMConfig
+    first: Stage
+    second: Stage
+    first_share: float = 0.2
+    kl_weight: float = 1e-6
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """The digit classifier that judges samples."""
+
+    stage: Stage = field(default_factory=lambda: Stage(128, 2e-3, 0.995, 1e-2))
+    seed: int = 1
+
+
+RECIPES: dict[str, TextRecipe | ClassifierRecipe] = {
+    "mnist-text": TextRecipe(
+        config=LDMConfig(
+            autoencoder=AutoencoderConfig(channels=8, multipliers=(1, 3, 6), groups=4),
+            unet=UNetConfig(channels=64, multipliers=(1, 2), ff_multiplier=2, context_dim=64),
+        ),
+        first=Stage(batch_size=64, lr=2e-3, ema_decay=0.99),
+        second=Stage(batch_size=128, lr=1e-3, ema_decay=0.999),
+    ),
+    "mnist-classifier": ClassifierRecipe(),
+}
+
+
+def find_recipe(name: str) -> TextRecipe | ClassifierRecipe:
+    """A recipe by its name. Raises ValueError that lists the names."""
+    if name not in RECIPES:
+        raise ValueError(f'there is no recipe "{name}": choose one of {", ".join(RECIPES)}.')
+    return RECIPES[name]
+
+
+def run_stage(
+    name: str, state: TrainState, loss_fn: Callable, budget: Budget, lr: float, checkpoint: Path, resume: bool
+) -> None:
+    """Train one stage with a progress line, a checkpoint every 20 seconds and at the end; goes on from it on resume."""
+    if resume and checkpoint.exists():
+        load_checkpoint(state, checkpoint)
+    live, saved, shown = sys.stdout.isatty(), time.monotonic(), 0.0
+    try:
+        for _ in train(state, loss_fn, budget, lr):
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save_checkpoint(state, checkpoint)
+                saved = time.monotonic()
+            done = budget.progress(state.step, state.elapsed)
+            if done >= shown + (0.002 if live else 0.1):
+                print(progress_line(name, state, budget), end="\r" if live else "\n", flush=True)
+                shown = done
+    except KeyboardInterrupt:
+        save_checkpoint(state, checkpoint)
+        raise
+    save_checkpoint(state, checkpoint)
+    if live:
+        print(progress_line(name, state, budget), flush=True)
+
+
+def start_run(out: Path, name: str, budget: Budget, resume: bool) -> dict:
+    """Make the output folder and its run.json, or check that a run to resume is of the same recipe and budget.
+
+    Raises ValueError when the folder holds another run, or one and resume is not set; DataError when there is none.
+    """
+    plan = {"recipe": name, "steps": budget.steps, "seconds": budget.seconds}
+    path = out / "run.json"
+    if resume:
+        if not path.exists():
+            raise DataError(f"{out} holds no run to resume: leave out --resume to start one.")
+        before = json.loads(path.read_text())
+        if before != plan:
+            raise ValueError(f"{out} holds a run of {before}, not of {plan}: resume with the same recipe and budget.")
+    elif path.exists():
+        raise ValueError(f"{out} already holds a run: add --resume to go on with it, or give another folder.")
+    write_atomically(path, lambda file: file.write_text(json.dumps(plan)))
+    return plan
+
+
+def train_recipe(name: str, out: Path | str, budget: Budget, resume: bool = False) -> Path:
+    """Train a recipe from raw data within the budget (all stages together) and write the model into the folder `out`.
+
+    Killed at any moment, it goes on from its last checkpoint with `resume`, bit-exactly. The folder gets the weights,
+    config.json, a card.json that says how they were made, and the checkpoints.
+    """
+    out, recipe = Path(out), find_recipe(name)
+    start_run(out, name, budget, resume)
+    made = (train_classifier if isinstance(recipe, ClassifierRecipe) else train_text)(recipe, out, budget, resume)
+    write_card(out, name, recipe, budget, made)
+    return out
+
+
+def train_classifier(recipe: ClassifierRecipe, out: Path, budget: Budget, resume: bool) -> dict:
+    """Train the judge; returns what the card says of the training."""
+    data, stage = load_mnist(), recipe.stage
+    torch.manual_seed(recipe.seed)
+    state = TrainState.start(
+        DigitClassifier().to(pick_device()), stage.lr, recipe.seed, stage.weight_decay, stage.ema_decay
+    )
+    loss_fn = classifier_loss(data.x_train, data.y_train, stage.batch_size)
+    run_stage("classifier", state, loss_fn, budget, stage.lr, out / "checkpoint.safetensors", resume)
+    save_judge(state.ema.model, out)
+    read, _ = predict(state.ema.model, to_float(data.x_test))
+    accuracy = (read == data.y_test).float().mean().item()
+    print(f"test accuracy {accuracy:.2%}")
+    return {"steps": state.step, "seconds": round(state.elapsed), "test_accuracy": round(accuracy, 4)}
+
+
+def train_text(recipe: TextRecipe, out: Path, budget: Budget, resume: bool) -> dict:
+    """Both stages of a text-to-image model; returns what the card says of the training."""
+    start, data = time.monotonic(), load_mnist()
+    torch.manual_seed(recipe.seed)
+    model = LatentDiffusion(recipe.config).to(pick_device())
+    first = train_first_stage(recipe, model.autoencoder, data.x_train, out, budget.share(recipe.first_share), resume)
+    model.autoencoder.load_state_dict(first.ema.model.state_dict())
+    captions = StrokeWords.measure(data.x_train, data.y_train).captions(data.x_train, data.y_train)
+    latents, spent = cached_latents(model, data.x_train, out, start)
+
+    stage, second_stage = recipe.second, model.second_stage.requires_grad_(True)
+    state = TrainState.start(second_stage, stage.lr, recipe.seed, stage.weight_decay, stage.ema_decay)
+    rest = Budget(steps=budget.steps - first.step) if budget.steps else Budget(seconds=budget.seconds - spent)
+    loss_fn = second_stage_loss_fn(model, latents, captions, stage.batch_size)
+    run_stage("2 diffusion  ", state, loss_fn, rest, stage.lr, out / "second_stage.safetensors", resume)
+    second_stage.load_state_dict(state.ema.model.state_dict())
+    model.save_pretrained(out)
+    return {"steps": [first.step, state.step], "seconds": [round(first.elapsed), round(state.elapsed)]}
+
+
+def train_first_stage(
+    recipe: TextRecipe, autoencoder: AutoencoderKL, images: torch.Tensor, out: Path, budget: Budget, resume: bool
+) -> TrainState:
+    """Train the autoencoder on uint8 images (N, C, H, W); the result is the state's EMA."""
+    stage = recipe.first
+    autoencoder.requires_grad_(True)
+    state = TrainState.start(autoencoder, stage.lr, recipe.seed, stage.weight_decay, stage.ema_decay)
+    loss_fn = first_stage_loss_fn(images, stage.batch_size, recipe.kl_weight)
+    run_stage("1 autoencoder", state, loss_fn, budget, stage.lr, out / "first_stage.safetensors", resume)
+    autoencoder.requires_grad_(False)
+    return state
+
+
+def cached_latents(model: LatentDiffusion, images: torch.Tensor, out: Path, start: float) -> tuple[torch.Tensor, float]:
+    """Scaled latents (N, C, h, w) of uint8 images, encoded once, and the seconds spent since `start` by then.
+
+    The first call measures their mean and deviation and writes `latents.safetensors`; a later one reads all of it.
+    """
+    path = out / "latents.safetensors"
+    if not path.exists():
+        raw = encode_all(model.autoencoder, images)
+        spent = {"spent": str(time.monotonic() - start)}
+        write_atomically(path, lambda file: save_file({"raw": raw}, file, spent))
+    tensors, metadata = read_safetensors(path)
+    model.autoencoder.set_latent_statistics(tensors["raw"])
+    return model.autoencoder.standardise(tensors["raw"]), float(metadata["spent"])
+
+
+def write_card(out: Path, name: str, recipe: TextRecipe | ClassifierRecipe, budget: Budget, made: dict) -> None:
+    """card.json: which recipe, seed, data, steps, seconds and machine made the weights, and the command."""
+    amount = f"--steps {budget.steps}" if budget.steps else f"--minutes {budget.seconds / 60:g}"
+    card = {
+        "recipe": name,
+        "command": f"python -m minildm train {name} {amount}",
+        "seed": recipe.seed,
+        "data": {"name": "MNIST", "sha256": MNIST_SHA256["train-images-idx3-ubyte"]},
+        **made,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {pick_device()}",
+        "torch": torch.__version__,
+        "configuration": asdict(recipe),
+    }
+    write_atomically(out / "card.json", lambda file: file.write_text(json.dumps(card, indent=1)))
+
+
+def save_judge(judge: DigitClassifier, folder: Path) -> None:
+    """Write a classifier's weights and their checksum into a folder."""
+    weights = {k: v.cpu().contiguous() for k, v in judge.state_dict().items()}
+    write_atomically(folder / "model.safetensors", lambda file: save_file(weights, file))
+    config = {"weights_sha256": sha256(folder / "model.safetensors")}
+    write_atomically(folder / "config.json", lambda file: file.write_text(json.dumps(config)))
+
+
+def load_judge(name: Path | str = "mnist-classifier") -> DigitClassifier:
+    """The shipped digit classifier, or one from a folder, ready to judge. Raises DataError like `from_pretrained`."""
+    _, weights, path = read_model(name)
+    judge = DigitClassifier()
+    load_weights(judge, weights, path)
+    return judge.requires_grad_(False).eval()
+
+
+def evaluate(model: LatentDiffusion, judge: DigitClassifier, n: int = 10_000, **sampling) -> dict[str, float]:
+    """Figures of a text-to-image model on MNIST, from one image for each of the first n captions of the test set.
+
+    prompt_accuracy: the share that the judge reads as the digit of its caption. thickness_accuracy and
+    slant_accuracy: of the captions that name it, the share drawn in the named third. frechet_distance: in the judge's
+    features, between the samples and the first n test images; real_frechet_distance: between the first n training and
+    test images. psnr: of the test images through the autoencoder, in decibels.
+    `sampling` goes to `LatentDiffusion.sample`. Raises ValueError when n is not between 2 and 10,000.
+    """
+    if not 2 <= n <= 10_000:
+        raise ValueError(f"evaluate on 2 to 10,000 samples, not {n}.")
+    data = load_mnist()
+    words = StrokeWords.measure(data.x_train, data.y_train)
+    x_test, y_test = to_float(data.x_test[:n]), data.y_test[:n]
+    captions = words.captions(data.x_test[:n], y_test)
+    images = sample_many(model, captions, **sampling)
+    read, features = predict(judge, images)
+    _, test_features = predict(judge, x_test)
+    _, train_features = predict(judge, to_float(data.x_train[:n]))
+    with torch.no_grad():
+        x_hat = torch.cat([model.decode(model.encode(batch)).cpu() for batch in x_test.split(500)])
+    wanted = words.thirds(data.x_test[:n], y_test)
+    drawn = words.thirds(to_uint8(images), y_test)
+    return {
+        "samples": n,
+        "prompt_accuracy": (read == y_test).float().mean().item(),
+        "thickness_accuracy": _same_third(wanted[0], drawn[0]),
+        "slant_accuracy": _same_third(wanted[1], drawn[1]),
+        "frechet_distance": frechet_distance(features, test_features),
+        "real_frechet_distance": frechet_distance(train_features, test_features),
+        "psnr": psnr(x_hat, x_test).mean().item(),
+    }
+
+
+def _same_third(wanted: torch.Tensor, drawn: torch.Tensor) -> float:
+    """The share of images drawn in the third that was asked for, of those where the caption named one (0 or 2)."""
+    named = wanted != 1
+    return (wanted == drawn)[named].float().mean().item()
+
+
+def sample_many(model: LatentDiffusion, prompts: list[str], batch_size: int = 250, **sampling) -> torch.Tensor:
+    """Samples for any number of prompts (N of them), in batches with the seeds 0, 1, …: (N, C, H, W) on the CPU."""
+    starts = range(0, len(prompts), batch_size)
+    batches = [
+        model.sample(prompts[start : start + batch_size], seed=seed, **sampling).cpu()
+        for seed, start in enumerate(starts)
+    ]
+    return torch.cat(batches)
