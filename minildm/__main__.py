@@ -139,7 +139,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """Measure a text-to-image model; print the figures and write them as JSON."""
     from minildm.data import pick_device, write_atomically
     from minildm.pipeline import LatentDiffusion, weights_root
-    from minildm.recipes import evaluate, load_judge
+    from minildm.recipes import add_to_card, evaluate, load_judge
 
     model = LatentDiffusion.from_pretrained(args.model).to(pick_device())
     sampling = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
@@ -147,8 +147,11 @@ def run_evaluate(args: argparse.Namespace) -> None:
     for name, value in figures.items():
         print(f"{name:22} {value:10.4g}")
     folder = Path(args.model) if Path(args.model).is_dir() else weights_root() / args.model
-    text = json.dumps(sampling | {k: round(v, 4) for k, v in figures.items()}, indent=1)
-    write_atomically(args.out or folder / "metrics.json", lambda file: file.write_text(text))
+    metrics = sampling | {k: round(v, 4) for k, v in figures.items()}
+    path = args.out or folder / "metrics.json"
+    write_atomically(path, lambda file: file.write_text(json.dumps(metrics, indent=1)))
+    if args.out is None:
+        add_to_card(folder, metrics)
 
 
 def run_bench(args: argparse.Namespace) -> None:
@@ -171,7 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{error.filename} cannot be written ({error.strerror}): choose another place.", file=sys.stderr)
+        name = error.filename2 or error.filename  # the second is where a file was to be renamed to
+        print(f"{name} cannot be opened or written ({error.strerror}): choose another place.", file=sys.stderr)
         return 2
     return 0
 

@@ -1,14 +1,19 @@
+# Exported from notebooks/00_start_here.ipynb by tools/export.py: edit the notebook, not this file.
 """Images as tensors in memory, captions measured from the strokes, seeds and devices."""
 
 import gzip
 import hashlib
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+import minildm
+
 
 MNIST_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -31,13 +36,18 @@ def pick_device() -> torch.device:
 
 
 def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A random generator of its own: everything random in minildm draws from one of these."""
+    """A random generator of its own: everything random in minildm draws from one of these.
+
+    Raises ValueError when the seed is not a whole number of at most 64 bits.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be between -2^63 and 2^64 - 1, not {seed}.")
     return torch.Generator(device).manual_seed(seed)
 
 
 def data_root() -> Path:
     """The data folder: $MINILDM_DATA if set, else `data/` beside the package."""
-    return Path(os.environ.get("MINILDM_DATA", Path(__file__).resolve().parent.parent / "data"))
+    return Path(os.environ.get("MINILDM_DATA", Path(minildm.__file__).resolve().parent.parent / "data"))
 
 
 def import_torchvision():
@@ -127,7 +137,7 @@ def _unzip_checked(path: Path) -> None:
         content = gzip.decompress(packed.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{packed} is missing: restore it with `git checkout -- data/MNIST`.") from None
-    except (EOFError, OSError):
+    except (EOFError, OSError, zlib.error):
         content = b""
     if hashlib.sha256(content).hexdigest() != MNIST_SHA256[path.name]:
         raise DataError(f"{packed} is damaged (wrong checksum): restore it with `git checkout -- data/MNIST`.")
@@ -163,7 +173,7 @@ def _checked_part(path: Path, images: np.ndarray, labels: np.ndarray) -> tuple[t
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{path}: labels must be {len(images)} whole numbers, not {labels.dtype} {labels.shape}.")
     images = torch.from_numpy(images if images.ndim == 4 else images[..., None]).permute(0, 3, 1, 2)
-    return pad_to_multiple(images.contiguous()), torch.from_numpy(labels).long()
+    return pad_to_multiple(images.contiguous()), torch.from_numpy(labels.astype(np.int64))
 
 
 def load_cifar10() -> ImageData:
@@ -249,7 +259,8 @@ class StrokeWords:
 def _phrase(*words: str) -> str:
     """The words that are not empty, behind "a" or "an"."""
     phrase = " ".join(word for word in words if word)
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+    vowel = phrase[0] in "aeiou" and phrase != "one"
+    return f"{'an' if vowel else 'a'} {phrase}"
 
 
 def drop_words(captions: list[str], generator: torch.Generator, p_word: float = 0.2, p_all: float = 0.1) -> list[str]:

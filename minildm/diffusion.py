@@ -45,12 +45,14 @@ class Schedule:
     def target(self, kind: str, x0: torch.Tensor, t: torch.Tensor | int, eps: torch.Tensor) -> torch.Tensor:
         """What the network learns to predict: "eps", "x0", or "v" = √ᾱ ε - √(1-ᾱ) x0 (Salimans & Ho, 2022)."""
         a = self.at(t, x0)
+        _check_target(kind)
         return {"eps": eps, "x0": x0, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[kind]
 
     def x0_and_eps(
         self, kind: str, prediction: torch.Tensor, xt: torch.Tensor, t: torch.Tensor | int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The estimates of x0 and ε that a prediction of kind "eps", "x0" or "v" means at xt (B, …)."""
+        _check_target(kind)
         a = self.at(t, xt)
         signal, noise = a.sqrt(), (1 - a).sqrt()
         if kind == "eps":
@@ -65,6 +67,11 @@ class Schedule:
         alpha = a / a_prev  # of the whole jump from t_prev to t
         mean = (a_prev.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - a_prev) * xt) / (1 - a)
         return mean, (1 - alpha) * (1 - a_prev) / (1 - a)
+
+
+def _check_target(kind: str) -> None:
+    if kind not in TARGETS:
+        raise ValueError(f'there is no target "{kind}": choose one of {", ".join(TARGETS)}.')
 
 
 def make_schedule(
@@ -110,7 +117,7 @@ def diffusion_loss(
     `model(xt, t, **conditioning)` predicts the target; steps and noise are drawn from the (CPU) generator.
     """
     t = torch.randint(len(schedule), (len(x0),), generator=generator)
-    eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+    eps = torch.randn(x0.shape, generator=generator).to(x0)
     prediction = model(schedule.add_noise(x0, t, eps), t.to(x0.device), **conditioning)
     return F.mse_loss(prediction, schedule.target(target, x0, t, eps))
 

@@ -46,6 +46,31 @@ class LDMConfig:
         return cls(**values)
 
 
+def weights_root() -> Path:
+    """The folder of the shipped weights."""
+    return data_root() / "weights"
+
+
+def read_model(name: Path | str) -> tuple[dict, dict[str, torch.Tensor], Path]:
+    """config.json, the weights, and their path, of a model given by its shipped name or its folder.
+
+    Raises DataError when there is no such model or one of its files is missing, damaged or altered.
+    """
+    folder = next((f for f in (Path(name), weights_root() / name) if (f / "config.json").exists()), None)
+    if folder is None:
+        shipped = ", ".join(sorted(path.parent.name for path in weights_root().glob("*/config.json")))
+        raise DataError(f'there is no model "{name}": give a folder with a config.json, or one of {shipped or "none"}.')
+    try:
+        config = dict(json.loads((folder / "config.json").read_text()))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{folder / 'config.json'} is damaged ({error}): restore it or train again.") from None
+    path = folder / "model.safetensors"
+    weights, _ = read_safetensors(path)
+    if sha256(path) != config.pop("weights_sha256", None):
+        raise DataError(f"{path} was altered (wrong checksum): restore it or train again.")
+    return config, weights, path
+
+
 class SecondStage(nn.Module):
     """What the second stage trains: τ_θ and the UNet together. x (B, C, h, w), t (B,), tokens (B, M) → (B, C, h, w)."""
 
@@ -120,6 +145,8 @@ class LatentDiffusion(nn.Module):
         if init is not None:
             if not 0 < strength <= 1:
                 raise ValueError(f"strength must be above 0 and at most 1, not {strength}.")
+            if len(init) not in (1, len(prompts)):
+                raise ValueError(f"init must be one image, or {len(prompts)}, one for each prompt, not {len(init)}.")
             order = order[-math.ceil(strength * steps) :]
             x = self.schedule.add_noise(self.encode(init).expand_as(x), order[0], x)
         for z in sample(denoise, self.schedule, x, order, generator, sampler, eta):
@@ -134,11 +161,11 @@ class LatentDiffusion(nn.Module):
         """
         size = self.config.image_size
         shape = (self.config.autoencoder.in_channels, size, size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != shape:
+        if images.ndim != 4 or len(images) == 0 or tuple(images.shape[1:]) != shape:
             raise ValueError(f"images must be (B, {shape[0]}, {size}, {size}), not {tuple(images.shape)}.")
         if not images.is_floating_point() or not images.abs().max() <= 1.001:  # `not <=` also catches NaN
             raise ValueError("images must be float in [-1, 1]: turn uint8 images into them with minildm.data.to_float.")
-        return self.autoencoder.to_latents(images.to(self.device))
+        return self.autoencoder.to_latents(images.to(next(self.parameters())))
 
     @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:
@@ -161,7 +188,13 @@ class LatentDiffusion(nn.Module):
         Raises DataError when there is no such model or one of its files is missing, damaged or altered.
         """
         config, weights, path = read_model(name)
-        model = cls(LDMConfig.from_dict(config))
+        try:
+            model = cls(LDMConfig.from_dict(config))
+        except Exception as error:  # whatever an altered or foreign file makes of the constructors
+            raise DataError(
+                f"{path.with_name('config.json')} does not describe a text-to-image model ({error!r}): "
+                "restore it or give another model."
+            ) from None
         load_weights(model, weights, path)
         return model
 
@@ -187,28 +220,3 @@ def second_stage_loss_fn(
         return diffusion_loss(second_stage, model.schedule, z, generator, model.config.target, tokens=tokens)
 
     return loss_fn
-
-
-def weights_root() -> Path:
-    """The folder of the shipped weights."""
-    return data_root() / "weights"
-
-
-def read_model(name: Path | str) -> tuple[dict, dict[str, torch.Tensor], Path]:
-    """config.json, the weights, and their path, of a model given by its shipped name or its folder.
-
-    Raises DataError when there is no such model or one of its files is missing, damaged or altered.
-    """
-    folder = next((f for f in (Path(name), weights_root() / name) if (f / "config.json").exists()), None)
-    if folder is None:
-        shipped = ", ".join(sorted(path.parent.name for path in weights_root().glob("*/config.json")))
-        raise DataError(f'there is no model "{name}": give a folder with a config.json, or one of {shipped or "none"}.')
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise DataError(f"{folder / 'config.json'} is damaged ({error}): restore it or train again.") from None
-    path = folder / "model.safetensors"
-    weights, _ = read_safetensors(path)
-    if sha256(path) != config.pop("weights_sha256", None):
-        raise DataError(f"{path} was altered (wrong checksum): restore it or train again.")
-    return config, weights, path

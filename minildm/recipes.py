@@ -76,10 +76,12 @@ RECIPES: dict[str, TextRecipe | ClassifierRecipe] = {
     "mnist-text": TextRecipe(
         config=LDMConfig(
             autoencoder=AutoencoderConfig(channels=8, multipliers=(1, 3, 6), groups=4),
-            unet=UNetConfig(channels=64, multipliers=(1, 2), ff_multiplier=2, context_dim=64),
+            unet=UNetConfig(channels=48, multipliers=(1, 2), ff_multiplier=2, context_dim=64, groups=8),
+            schedule="cosine",
+            target="v",
         ),
-        first=Stage(batch_size=64, lr=2e-3, ema_decay=0.99),
-        second=Stage(batch_size=128, lr=1e-3, ema_decay=0.999),
+        first=Stage(batch_size=32, lr=4e-3, ema_decay=0.99),
+        second=Stage(batch_size=64, lr=2e-3, ema_decay=0.995),
     ),
     "mnist-classifier": ClassifierRecipe(),
 }
@@ -126,7 +128,10 @@ def start_run(out: Path, name: str, budget: Budget, resume: bool) -> dict:
     if resume:
         if not path.exists():
             raise DataError(f"{out} holds no run to resume: leave out --resume to start one.")
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:
+            raise DataError(f"{path} is damaged: start a new run in another folder.") from None
         if before != plan:
             raise ValueError(f"{out} holds a run of {before}, not of {plan}: resume with the same recipe and budget.")
     elif path.exists():
@@ -168,7 +173,7 @@ def train_text(recipe: TextRecipe, out: Path, budget: Budget, resume: bool) -> d
     """Both stages of a text-to-image model; returns what the card says of the training."""
     start, data = time.monotonic(), load_mnist()
     torch.manual_seed(recipe.seed)
-    model = LatentDiffusion(recipe.config).to(pick_device())
+    model = LatentDiffusion(recipe.config).to(pick_device(), memory_format=torch.channels_last)
     first = train_first_stage(recipe, model.autoencoder, data.x_train, out, budget.share(recipe.first_share), resume)
     model.autoencoder.load_state_dict(first.ema.model.state_dict())
     captions = StrokeWords.measure(data.x_train, data.y_train).captions(data.x_train, data.y_train)
@@ -176,6 +181,11 @@ def train_text(recipe: TextRecipe, out: Path, budget: Budget, resume: bool) -> d
 
     stage, second_stage = recipe.second, model.second_stage.requires_grad_(True)
     state = TrainState.start(second_stage, stage.lr, recipe.seed, stage.weight_decay, stage.ema_decay)
+    if budget.seconds and spent >= budget.seconds:
+        raise ValueError(
+            f"{budget.seconds / 60:g} minutes are too few: {spent / 60:.1f} went by before the second stage. "
+            "Start again in another folder with more."
+        )
     rest = Budget(steps=budget.steps - first.step) if budget.steps else Budget(seconds=budget.seconds - spent)
     loss_fn = second_stage_loss_fn(model, latents, captions, stage.batch_size)
     run_stage("2 diffusion  ", state, loss_fn, rest, stage.lr, out / "second_stage.safetensors", resume)
@@ -226,6 +236,14 @@ def write_card(out: Path, name: str, recipe: TextRecipe | ClassifierRecipe, budg
         "configuration": asdict(recipe),
     }
     write_atomically(out / "card.json", lambda file: file.write_text(json.dumps(card, indent=1)))
+
+
+def add_to_card(folder: Path, metrics: dict) -> None:
+    """Put the metrics of `evaluate` into the card.json of a folder, where there is one."""
+    path = folder / "card.json"
+    if path.exists():
+        card = json.loads(path.read_text()) | {"metrics": metrics}
+        write_atomically(path, lambda file: file.write_text(json.dumps(card, indent=1)))
 
 
 def save_judge(judge: DigitClassifier, folder: Path) -> None:

@@ -15,7 +15,7 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing") -> list
 
     "trailing" counts down from T-1 in equal strides, so the first step sees the noise level that sampling starts from;
     "leading" counts up from 0 and never reaches T-1; "linspace" takes both ends.
-    Raises ValueError when steps is not between 1 and T.
+    Raises ValueError when steps is not between 1 and T or the spacing is unknown.
     """
     total = len(schedule)
     if not 1 <= steps <= total:
@@ -24,7 +24,9 @@ def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing") -> list
         return [i * (total // steps) for i in reversed(range(steps))]
     if spacing == "linspace":
         return torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long().flip(0).tolist()
-    return [round(total - i * total / steps) - 1 for i in range(steps)]
+    if spacing == "trailing":
+        return [round(total - i * total / steps) - 1 for i in range(steps)]
+    raise ValueError(f'there is no spacing "{spacing}": choose one of trailing, leading, linspace.')
 
 
 def ddim_step(
@@ -136,6 +138,5 @@ def slerp(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
     flat_a, flat_b = a.flatten(1), b.flatten(1)
     cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
     angle = torch.acos(cosine.clamp(-1, 1)).view(-1, *[1] * (a.ndim - 1))
-    if angle.max() < math.radians(0.1):
-        return a
-    return (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    arc = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    return torch.where(angle < math.radians(0.1), (1 - share) * a + share * b, arc)  # parallel: 0 / 0

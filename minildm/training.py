@@ -26,8 +26,9 @@ class Budget:
     def __post_init__(self):
         if (self.steps is None) == (self.seconds is None):
             raise ValueError("give a budget in steps or in seconds, and not in both.")
-        if not (self.steps or self.seconds) > 0:
-            raise ValueError(f"a training budget must be positive, not {self.steps or self.seconds}.")
+        amount = self.seconds if self.steps is None else self.steps
+        if not amount > 0:  # `not >` also catches NaN
+            raise ValueError(f"a training budget must be positive, not {amount}.")
 
     def share(self, share: float) -> "Budget":
         """A part of this budget, at least one step."""
@@ -40,9 +41,11 @@ class Budget:
         return step / self.steps if self.steps else elapsed / self.seconds
 
 
-def warmup_cosine(progress: float, step: int, warmup_steps: int = 100) -> float:
-    """Factor on the peak learning rate: up a line over `warmup_steps`, then down half a cosine to 0 at progress 1."""
-    return min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+def warmup_cosine(progress: float, warmup: float = 0.05) -> float:
+    """Factor on the peak learning rate: up a line over the share `warmup` of the budget, then half a cosine to 0."""
+    if progress < warmup:
+        return (progress + 0.001) / (warmup + 0.001)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
 
 
 class EMA:
@@ -95,7 +98,7 @@ def train(state: TrainState, loss_fn: Callable, budget: Budget, lr: float, clip:
     start = time.perf_counter() - state.elapsed
     while (progress := budget.progress(state.step, state.elapsed)) < 1:
         for group in state.optimiser.param_groups:
-            group["lr"] = lr * warmup_cosine(progress, state.step)
+            group["lr"] = lr * warmup_cosine(progress)
         state.model.train()
         loss = loss_fn(state.model, state.generator)
         state.optimiser.zero_grad(set_to_none=True)
@@ -141,6 +144,8 @@ def load_checkpoint(state: TrainState, path: Path | str) -> dict:
     Raises DataError when the file is missing, damaged, or from another model.
     """
     tensors, metadata = read_safetensors(path)
+    if "state" not in metadata:
+        raise DataError(f"{path} holds no checkpoint: give a file that save_checkpoint wrote.")
     numbers = json.loads(metadata["state"])
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
@@ -148,10 +153,12 @@ def load_checkpoint(state: TrainState, path: Path | str) -> dict:
 
     load_weights(state.model, part("model."), path)
     load_weights(state.ema.model, part("ema."), path)
-    optimiser = state.optimiser.state_dict()
+    optimiser, parameters = state.optimiser.state_dict(), list(state.model.parameters())
     for key, value in part("optimiser.").items():
-        index, slot = key.split(".", 1)
-        optimiser["state"].setdefault(int(index), {})[slot] = value
+        index, slot = int(key.split(".")[0]), key.split(".")[1]
+        if value.shape == parameters[index].shape:  # the fused optimiser wants its moments laid out as the weights are
+            value = torch.empty_like(parameters[index]).copy_(value)
+        optimiser["state"].setdefault(index, {})[slot] = value
     state.optimiser.load_state_dict(optimiser)
     state.generator.set_state(tensors["generator"])
     state.history = tensors["history"].tolist()

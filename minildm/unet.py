@@ -1,3 +1,4 @@
+# Exported from notebooks/04_unet.ipynb by tools/export.py: edit the notebook, not this file.
 """The time-conditional UNet, from the toy size to Stable Diffusion's."""
 
 import math
@@ -11,38 +12,11 @@ from torch import nn
 from minildm.autoencoder import Upsample
 
 
-@dataclass(frozen=True)
-class UNetConfig:
-    """Shape of a UNet. Level i works on `channels · multipliers[i]` channels at 1/2^i of the size.
-
-    `attention[i]` puts a transformer behind each residual block of level i; there is always one in the middle.
-    `heads` is the number of heads; `context_dim` the width of the tokens that cross-attention reads (None: no
-    cross-attention); `depth` the number of transformer blocks in each transformer; `ff_multiplier` the width of their
-    feed-forward layer; `groups` those of GroupNorm.
-    """
-
-    in_channels: int = 4
-    out_channels: int = 4
-    channels: int = 64
-    multipliers: tuple[int, ...] = (1, 2)
-    res_blocks: int = 1
-    attention: tuple[bool, ...] = (False, True)
-    heads: int = 4
-    context_dim: int | None = None
-    depth: int = 1
-    ff_multiplier: int = 4
-    groups: int = 32
-
-    def __post_init__(self):
-        if len(self.attention) != len(self.multipliers):
-            raise ValueError(f"attention {self.attention} must say yes or no for each of {self.multipliers}.")
-        for width in {self.channels * m for m in self.multipliers}:
-            if width % self.groups or width % self.heads:
-                raise ValueError(f"{width} channels cannot be split into {self.groups} groups and {self.heads} heads.")
-
-
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """Steps t (B,) → (B, dim): cosines, then sines, of t at dim/2 frequencies from 1 to 1/10000 (DDPM, appendix B)."""
+    """Steps t (B,) → (B, dim): cosines, then sines, of t at dim/2 frequencies, dim even.
+
+    The frequencies fall geometrically from 1 towards 1/10000 (Vaswani et al., 2017; DDPM, appendix B).
+    """
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t.float()[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -141,6 +115,36 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.norm3(x))
 
 
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of a UNet. Level i works on `channels · multipliers[i]` channels at 1/2^i of the size.
+
+    `attention[i]` puts a transformer behind each residual block of level i; there is always one in the middle.
+    `heads` is the number of heads; `context_dim` the width of the tokens that cross-attention reads (None: no
+    cross-attention); `depth` the number of transformer blocks in each transformer; `ff_multiplier` the width of their
+    feed-forward layer; `groups` those of GroupNorm.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: int = 64
+    multipliers: tuple[int, ...] = (1, 2)
+    res_blocks: int = 1
+    attention: tuple[bool, ...] = (False, True)
+    heads: int = 4
+    context_dim: int | None = None
+    depth: int = 1
+    ff_multiplier: int = 4
+    groups: int = 32
+
+    def __post_init__(self):
+        if len(self.attention) != len(self.multipliers):
+            raise ValueError(f"attention {self.attention} must say yes or no for each of {self.multipliers}.")
+        for width in {self.channels * m for m in self.multipliers}:
+            if width % self.groups or width % self.heads:
+                raise ValueError(f"{width} channels cannot be split into {self.groups} groups and {self.heads} heads.")
+
+
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, added to it: (B, C, H, W) → (B, C, H, W)."""
 
@@ -162,14 +166,16 @@ class SpatialTransformer(nn.Module):
 
 
 class Stage(nn.Module):
-    """One residual block and, where the level has attention, one transformer behind it."""
+    """One residual block and, where the level has attention, one transformer: (B, in, H, W) → (B, out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, attention: bool, config: UNetConfig):
         super().__init__()
         self.res = TimeResBlock(in_channels, out_channels, 4 * config.channels, config.groups)
         self.transformer = SpatialTransformer(out_channels, config) if attention else None
 
-    def forward(self, x, emb, context, mask):
+    def forward(
+        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         x = self.res(x, emb)
         return x if self.transformer is None else self.transformer(x, context, mask)
 
@@ -248,5 +254,9 @@ class UNet(nn.Module):
                 f"the input must be (B, {self.config.in_channels}, H, W) with H and W divisible by {f}, "
                 f"not {tuple(x.shape)}."
             )
-        if (context is None) != (self.config.context_dim is None):
-            raise ValueError("give a context exactly when the UNet was built with a context_dim.")
+        width = self.config.context_dim
+        if width is None and context is not None:
+            raise ValueError("this UNet was built without a context_dim: leave the context out.")
+        if width is not None and (context is None or context.shape[-1] != width):
+            got = "none" if context is None else tuple(context.shape)
+            raise ValueError(f"this UNet reads a context (B, M, {width}), not {got}.")

@@ -1,3 +1,4 @@
+# Exported from notebooks/00_start_here.ipynb by tools/export.py: edit the notebook, not this file.
 """Pictures: one figure style, grids of images, curves, and PNG files."""
 
 from pathlib import Path
@@ -6,8 +7,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image, UnidentifiedImageError
 
 from minildm.data import DataError, pad_to_multiple, to_float, to_uint8, write_atomically
+
 
 # Okabe and Ito's colours: told apart by readers with any kind of colour blindness.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -83,9 +86,7 @@ def plot_curve(steps, values, xlabel: str, ylabel: str, title: str = "", label: 
 def save_png(images: torch.Tensor, path: Path | str, columns: int = 10, zoom: int = 3) -> None:
     """Write images (B, C, H, W) in [-1, 1] as one PNG grid, each pixel drawn `zoom` times as large."""
     picture = _as_picture(image_grid(images, columns)).repeat(zoom, 0).repeat(zoom, 1)
-    write_atomically(
-        Path(path), lambda temporary: plt.imsave(temporary, picture, cmap="gray", vmin=0, vmax=255, format="png")
-    )
+    write_atomically(Path(path), lambda temporary: Image.fromarray(picture).save(temporary, format="png"))
 
 
 def load_png(path: Path | str, channels: int = 1) -> torch.Tensor:
@@ -93,8 +94,6 @@ def load_png(path: Path | str, channels: int = 1) -> torch.Tensor:
 
     Raises DataError when the file is missing or is no picture.
     """
-    from PIL import Image, UnidentifiedImageError
-
     try:
         picture = np.array(Image.open(path).convert("L" if channels == 1 else "RGB"))
     except FileNotFoundError:

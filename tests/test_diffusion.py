@@ -1,0 +1,251 @@
+"""Lesson 02: schedules, the forward process, its posterior, the targets, the loss and ancestral sampling."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.schedulers import scheduling_ddpm
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from reference import BETAS, SCHEDULES, dummy_model, ideal_denoise, last, noise_like_image, scheduler, trajectory
+
+from minildm.data import seeded
+from minildm.diffusion import TARGETS, Schedule, ddpm_sample, diffusion_loss, make_schedule
+from minildm.sampling import denoiser, timesteps
+from minildm.toy import GaussianMixture
+
+any_schedule = st.sampled_from(list(SCHEDULES.values()))
+any_step = st.integers(0, 999)
+any_target = st.sampled_from(TARGETS)
+number = st.floats(-5, 5)
+
+
+def scalar(value: float) -> torch.Tensor:
+    """A batch of one number in float64."""
+    return torch.tensor([[value]], dtype=torch.float64)
+
+
+# schedules
+
+
+@pytest.mark.parametrize("kind", BETAS)
+def test_schedules_are_those_of_diffusers(kind):
+    theirs = DDPMScheduler(1000, 1e-4, 0.02, BETAS[kind])
+    ours = make_schedule(kind)
+    torch.testing.assert_close(ours.betas.float(), theirs.betas, rtol=2e-4, atol=2e-7)
+    torch.testing.assert_close(ours.alpha_bar.float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
+def test_linear_is_linear_in_beta_and_scaled_linear_in_its_root():
+    assert np.allclose(make_schedule("linear", 7, 0.01, 0.07).betas, [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07])
+    roots = make_schedule("scaled_linear", 4, 0.01, 0.16).betas.sqrt()
+    assert np.allclose(roots, [0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize("kind", BETAS)
+@pytest.mark.parametrize("zero", [False, True])
+def test_signal_falls_from_almost_everything(kind, zero):
+    schedule = make_schedule(kind, zero_terminal_snr=zero)
+    assert schedule.alpha_bar.dtype == torch.float64 and len(schedule) == 1000
+    assert 0.999 < schedule.alpha_bar[0] < 1 and (schedule.alpha_bar.diff() < 0).all()
+    assert (schedule.alpha_bar[-1] == 0) == zero
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
+def test_zero_terminal_snr_is_that_of_diffusers(kind):
+    plain, zero = make_schedule(kind), make_schedule(kind, zero_terminal_snr=True)
+    torch.testing.assert_close(zero.betas, rescale_zero_terminal_snr(plain.betas), rtol=1e-9, atol=1e-12)
+    assert zero.alpha_bar[0] == pytest.approx(plain.alpha_bar[0].item(), abs=1e-15)
+
+
+def test_snr_is_signal_power_over_noise_power():
+    schedule = Schedule(torch.tensor([0.9, 0.5, 0.2]).double())
+    assert np.allclose(schedule.snr(), [9, 1, 0.25])
+
+
+@pytest.mark.parametrize("call", [lambda: make_schedule("quadratic"), lambda: make_schedule(kind="")])
+def test_unknown_schedules_are_refused(call):
+    with pytest.raises(ValueError, match="choose linear, scaled_linear or cosine"):
+        call()
+
+
+# the forward process
+
+
+@given(any_schedule, any_step)
+def test_the_forward_marginal_is_the_product_of_single_steps(schedule, t):
+    signal, variance = 1.0, 0.0
+    for beta in schedule.betas[: t + 1].tolist():
+        signal, variance = math.sqrt(1 - beta) * signal, (1 - beta) * variance + beta
+    assert schedule.add_noise(scalar(1), t, scalar(0)).item() == pytest.approx(signal, rel=1e-9)
+    assert schedule.add_noise(scalar(0), t, scalar(1)).item() ** 2 == pytest.approx(variance, rel=1e-9)
+
+
+def test_noising_step_by_step_gives_the_closed_form_s_moments():
+    schedule, generator = make_schedule("linear", 50, 1e-3, 0.1), seeded(0)
+    x = torch.full((50_000,), 2.0)
+    for beta in schedule.betas.tolist():
+        x = math.sqrt(1 - beta) * x + math.sqrt(beta) * torch.randn(x.shape, generator=generator)
+    once = schedule.add_noise(torch.full((50_000,), 2.0), 49, torch.randn(50_000, generator=generator))
+    assert x.mean().item() == pytest.approx(once.mean().item(), abs=0.02)
+    assert x.std().item() == pytest.approx(once.std().item(), rel=0.02)
+
+
+def test_each_of_a_batch_has_its_own_step():
+    schedule = SCHEDULES["linear"]
+    x0, eps, t = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.tensor([0, 10, 500, 999])
+    together = schedule.add_noise(x0, t, eps)
+    for i in range(4):
+        assert torch.equal(together[i : i + 1], schedule.add_noise(x0[i : i + 1], int(t[i]), eps[i : i + 1]))
+
+
+def test_step_minus_one_is_clean():
+    x0 = torch.randn(2, 3)
+    assert torch.equal(SCHEDULES["cosine"].add_noise(x0, -1, torch.randn(2, 3)), x0)
+    mixed = SCHEDULES["cosine"].at(torch.tensor([-1, 5]), x0)
+    assert mixed.flatten().tolist() == pytest.approx([1.0, SCHEDULES["cosine"].alpha_bar[5].item()])
+
+
+# the three targets
+
+
+@given(any_schedule, any_step, any_target, number, number)
+def test_a_perfect_prediction_gives_back_x0_and_noise(schedule, t, kind, x0, eps):
+    xt = schedule.add_noise(scalar(x0), t, scalar(eps))
+    found = schedule.x0_and_eps(kind, schedule.target(kind, scalar(x0), t, scalar(eps)), xt, t)
+    worst = max(schedule.snr()[t].item(), 1 / schedule.snr()[t].item()) ** 0.5  # how much rounding is blown up
+    assert found[0].item() == pytest.approx(x0, abs=1e-13 * worst + 1e-9)
+    assert found[1].item() == pytest.approx(eps, abs=1e-13 * worst + 1e-9)
+
+
+@given(any_schedule, any_step, any_target, any_target, number, number)
+def test_any_prediction_means_an_x0_and_a_noise_that_make_xt(schedule, t, kind, other, prediction, xt):
+    x0, eps = schedule.x0_and_eps(kind, scalar(prediction), scalar(xt), t)
+    size = abs(x0.item()) + abs(eps.item())
+    assert schedule.add_noise(x0, t, eps).item() == pytest.approx(xt, abs=1e-9 * (1 + size))
+    if kind == other:
+        assert schedule.target(kind, x0, t, eps).item() == pytest.approx(prediction, abs=1e-9 * (1 + size))
+
+
+@given(any_step, number, number)
+def test_v_is_the_velocity_of_a_rotation(t, x0, eps):
+    angle = math.acos(math.sqrt(SCHEDULES["linear"].alpha_bar[t].item()))  # x_t = cos φ x0 + sin φ ε; v = dx_t/dφ
+    v = SCHEDULES["linear"].target("v", scalar(x0), t, scalar(eps)).item()
+    assert v == pytest.approx(-math.sin(angle) * x0 + math.cos(angle) * eps, abs=1e-7)
+
+
+def test_an_unknown_target_is_refused():
+    one = torch.ones(1, 1)
+    for call in (SCHEDULES["linear"].target, SCHEDULES["linear"].x0_and_eps):
+        with pytest.raises(ValueError, match='no target "noise": choose one of eps, x0, v'):
+            call("noise", one, one, 3) if call.__name__ == "x0_and_eps" else call("noise", one, 3, one)
+
+
+# the posterior
+
+
+@given(any_schedule, st.integers(1, 999), st.integers(0, 998), number, number)
+def test_the_posterior_is_bayes_rule_integrated_on_a_grid(schedule, t, t_prev, x0, xt):
+    assume(t_prev < t)
+    a, a_prev = schedule.alpha_bar[t].item(), schedule.alpha_bar[t_prev].item()
+    mean, variance = (v.item() for v in schedule.posterior(scalar(x0), scalar(xt), t, t_prev))
+    width = math.sqrt(variance)
+    x = np.linspace(mean - 12 * width, mean + 12 * width, 4001)
+    alpha = a / a_prev
+    log_p = -((x - math.sqrt(a_prev) * x0) ** 2) / (2 * (1 - a_prev)) - (xt - math.sqrt(alpha) * x) ** 2 / (
+        2 * (1 - alpha)
+    )
+    p = np.exp(log_p - log_p.max())
+    p /= p.sum()
+    assert (p * x).sum() == pytest.approx(mean, abs=1e-5 * (width + 1e-6) + 1e-9)
+    assert math.sqrt((p * (x - mean) ** 2).sum()) == pytest.approx(width, rel=1e-5)
+
+
+def test_the_posterior_of_the_clean_image_is_the_clean_image():
+    mean, variance = SCHEDULES["linear"].posterior(scalar(0.3), scalar(2.0), 40, -1)
+    assert (mean.item(), variance.item()) == (pytest.approx(0.3), 0)
+
+
+def test_the_posterior_leads_from_one_marginal_to_the_one_before():
+    schedule, generator = SCHEDULES["cosine"], seeded(0)
+    x0 = torch.full((40_000, 1), 1.5)
+    xt = schedule.add_noise(x0, 700, torch.randn(x0.shape, generator=generator))
+    mean, variance = schedule.posterior(x0, xt, 700, 300)
+    x = mean + variance.sqrt() * torch.randn(x0.shape, generator=generator)
+    a = schedule.alpha_bar[300].item()
+    assert x.mean().item() == pytest.approx(math.sqrt(a) * 1.5, abs=0.01)
+    assert x.std().item() == pytest.approx(math.sqrt(1 - a), rel=0.02)
+
+
+# the loss
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_loss_of_the_exact_prediction_is_zero_and_of_nothing_the_target_s_power(target):
+    schedule, x0 = SCHEDULES["scaled_linear"], torch.full((512, 1, 4, 4), 0.5)
+
+    def exact(xt, t):  # knows the only image
+        a = schedule.at(t, xt)
+        return schedule.target(target, x0, t, (xt - a.sqrt() * x0) / (1 - a).sqrt())
+
+    assert diffusion_loss(exact, schedule, x0, seeded(0), target).item() < 1e-7
+    power = {"eps": 1, "x0": 0.25, "v": (schedule.alpha_bar + 0.25 * (1 - schedule.alpha_bar)).mean().item()}
+    nothing = diffusion_loss(lambda xt, t: torch.zeros_like(xt), schedule, x0, seeded(0), target)
+    assert nothing.item() == pytest.approx(power[target], rel=0.06)
+
+
+def test_the_loss_visits_all_steps_evenly_and_passes_the_conditioning_on():
+    seen = []
+
+    def model(xt, t, tokens):
+        assert tokens == "seven"
+        seen.append(t)
+        return xt
+
+    diffusion_loss(model, make_schedule(steps=10), torch.zeros(20_000, 1), seeded(0), tokens="seven")
+    assert (seen[0].bincount(minlength=10) - 2000).abs().max() < 200
+
+
+def test_the_loss_hides_the_image_under_the_noise_of_its_step():
+    schedule = SCHEDULES["linear"]
+
+    def model(xt, t):
+        torch.testing.assert_close(xt.std(1), (1 - schedule.alpha_bar[t]).sqrt().float(), rtol=0.1, atol=0)
+        torch.testing.assert_close(xt.mean(1), 7 * schedule.alpha_bar[t].sqrt().float(), rtol=0, atol=0.1)
+        return xt
+
+    diffusion_loss(model, schedule, torch.full((20, 4000), 7.0), seeded(0))
+
+
+# ancestral sampling
+
+
+@pytest.mark.parametrize("kind", BETAS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("spacing, steps", [("trailing", 1000), ("trailing", 7), ("leading", 30), ("linspace", 13)])
+def test_ancestral_sampling_walks_the_path_of_diffusers(monkeypatch, kind, target, spacing, steps):
+    schedule, model, x = SCHEDULES[kind], dummy_model(), noise_like_image()
+    order = timesteps(schedule, steps, spacing)
+    generator = seeded(3)
+    monkeypatch.setattr(
+        scheduling_ddpm, "randn_tensor", lambda shape, dtype, **_: torch.randn(shape, generator=generator).to(dtype)
+    )
+    theirs = trajectory(scheduler(DDPMScheduler, schedule, target, order, clip_sample=False), model, x)
+    ours = list(ddpm_sample(denoiser(model, schedule, target), schedule, x, order, seeded(3)))
+    assert len(ours) == steps
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+
+
+def test_ancestral_sampling_with_the_ideal_denoiser_draws_from_the_data():
+    schedule = make_schedule("cosine", 200)
+    data = GaussianMixture(torch.tensor([[-1.0], [2.0]]).double(), 0.3)
+    x = torch.randn(8000, 1, generator=seeded(0)).double()
+    x = last(ddpm_sample(ideal_denoise(data, schedule), schedule, x, list(range(199, -1, -1)), seeded(1)))
+    assert (x > 0.5).double().mean().item() == pytest.approx(0.5, abs=0.02)
+    for side, mean in ((x[x < 0.5], -1.0), (x[x > 0.5], 2.0)):
+        assert side.mean().item() == pytest.approx(mean, abs=0.03)
+        assert side.std().item() == pytest.approx(0.3, rel=0.05)
