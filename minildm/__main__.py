@@ -106,7 +106,7 @@ def run_sample(args: argparse.Namespace) -> None:
         seed=args.seed,
         sampler=args.sampler,
         eta=args.eta,
-        init=load_png(args.init) if args.init else None,
+        init=load_png(args.init, model.config.image_size) if args.init else None,
         strength=args.strength,
     )
     save_png(images, args.out, columns=args.count)

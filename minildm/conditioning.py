@@ -1,3 +1,4 @@
+# Exported from notebooks/05_cross_attention.ipynb by tools/export.py: edit the notebook, not this file.
 """Prompts into tokens, tokens into context, and guidance by the prompt while sampling."""
 
 from collections.abc import Callable
@@ -8,11 +9,12 @@ from torch import nn
 from minildm.data import DIGIT_NAMES
 from minildm.unet import TransformerBlock
 
-CAPTION_WORDS = ("a", "an", "thin", "thick", "upright", "slanted", *DIGIT_NAMES, *"0123456789")
-
 
 class PromptError(ValueError):
     """A prompt that cannot be used; the message says why and what can."""
+
+
+CAPTION_WORDS = ("a", "an", "thin", "thick", "upright", "slanted", *DIGIT_NAMES, *"0123456789")
 
 
 class Tokenizer:

@@ -1,3 +1,4 @@
+# Exported from notebooks/05_cross_attention.ipynb by tools/export.py: edit the notebook, not this file.
 """A judge that the generator never meets: a digit classifier, and distances between sets of its features."""
 
 import torch

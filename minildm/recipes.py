@@ -216,7 +216,7 @@ def cached_latents(model: LatentDiffusion, images: torch.Tensor, out: Path, star
     if not path.exists():
         raw = encode_all(model.autoencoder, images)
         spent = {"spent": str(time.monotonic() - start)}
-        write_atomically(path, lambda file: save_file({"raw": raw}, file, spent))
+        write_atomically(path, lambda file: save_file({"raw": raw.contiguous()}, file, spent))
     tensors, metadata = read_safetensors(path)
     model.autoencoder.set_latent_statistics(tensors["raw"])
     return model.autoencoder.standardise(tensors["raw"]), float(metadata["spent"])

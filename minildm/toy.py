@@ -1,3 +1,4 @@
+# Exported from notebooks/01_vae_vs_diffusion.ipynb by tools/export.py: edit the notebook, not this file.
 """Two-dimensional toy data whose ideal denoiser is known in closed form."""
 
 import math

@@ -1,3 +1,4 @@
+# Exported from notebooks/01_vae_vs_diffusion.ipynb by tools/export.py: edit the notebook, not this file.
 """The training loop as a generator, the moving average of the weights, and checkpoints that survive a kill."""
 
 import json

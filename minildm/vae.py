@@ -1,3 +1,4 @@
+# Exported from notebooks/01_vae_vs_diffusion.ipynb by tools/export.py: edit the notebook, not this file.
 """The variational autoencoder: a learned posterior, one jump, and the ELBO in nats."""
 
 import math

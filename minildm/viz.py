@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from PIL import Image, UnidentifiedImageError
 
-from minildm.data import DataError, pad_to_multiple, to_float, to_uint8, write_atomically
+from minildm.data import DataError, to_float, to_uint8, write_atomically
 
 
 # Okabe and Ito's colours: told apart by readers with any kind of colour blindness.
@@ -89,16 +89,18 @@ def save_png(images: torch.Tensor, path: Path | str, columns: int = 10, zoom: in
     write_atomically(Path(path), lambda temporary: Image.fromarray(picture).save(temporary, format="png"))
 
 
-def load_png(path: Path | str, channels: int = 1) -> torch.Tensor:
-    """A picture file → (1, channels, H, W) in [-1, 1], padded with black to a multiple of 16.
+def load_png(path: Path | str, size: int = 32, channels: int = 1) -> torch.Tensor:
+    """A picture file → (1, channels, size, size) in [-1, 1]: shrunk to fit if it is larger, centred on black.
 
     Raises DataError when the file is missing or is no picture.
     """
     try:
-        picture = np.array(Image.open(path).convert("L" if channels == 1 else "RGB"))
+        picture = Image.open(path).convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: give the path of a picture file.") from None
     except (UnidentifiedImageError, OSError):
         raise DataError(f"{path} is not a picture that can be read: give a PNG or JPEG file.") from None
-    image = torch.from_numpy(picture).reshape(*picture.shape[:2], channels).permute(2, 0, 1)[None]
-    return to_float(pad_to_multiple(image))
+    picture.thumbnail((size, size))  # keeps the proportions and never enlarges
+    canvas = Image.new(picture.mode, (size, size))
+    canvas.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
+    return to_float(torch.from_numpy(np.array(canvas)).reshape(1, size, size, channels).permute(0, 3, 1, 2))

@@ -392,7 +392,18 @@ def test_image_grid_puts_every_image_in_its_place_on_white(n, columns, gap, chan
 def test_a_png_is_read_back_as_it_was_written(tmp_path, channels):
     image = to_float(torch.randint(256, (1, channels, 16, 32), generator=seeded(0), dtype=torch.uint8))
     viz.save_png(image, tmp_path / "picture", zoom=1)
-    assert torch.equal(viz.load_png(tmp_path / "picture", channels), image)
+    read = viz.load_png(tmp_path / "picture", 32, channels)
+    assert torch.equal(read[:, :, 8:24], image)  # centred
+    assert (read[:, :, :8] == -1).all() and (read[:, :, 24:] == -1).all()  # on black
+
+
+def test_a_picture_that_is_too_large_is_shrunk_to_fit(tmp_path):
+    image = torch.ones(1, 1, 32, 16)
+    image[:, :, :16] = -1
+    viz.save_png(image, tmp_path / "picture.png", zoom=3)
+    read = viz.load_png(tmp_path / "picture.png", 32)
+    assert torch.allclose(read[0, 0, 19:, 8:24], torch.ones(13, 16), atol=0.02)  # away from the edge that is smoothed
+    assert (read[0, 0, :13] == -1).all() and (read[0, 0, :, :7] == -1).all()
 
 
 def test_zoom_repeats_pixels(tmp_path):

@@ -368,11 +368,13 @@ def shipped_judge():
     return recipes.load_judge()
 
 
+@pytest.mark.slow
 def test_the_judge_reads_the_test_images(shipped_judge, mnist):
     read, _ = predict(shipped_judge, to_float(mnist.x_test))
     assert (read == mnist.y_test).float().mean() >= 0.99
 
 
+@pytest.mark.slow
 def test_shipped_samples_are_read_as_asked(shipped, shipped_judge):
     prompts = [
         f"{article}{name}" for name in DIGIT_NAMES for article in ("", "a thin ", "a thick slanted ", "an upright ")

@@ -176,7 +176,8 @@ def test_ema_model_is_a_frozen_copy():
 
 
 def first_stage(data):
-    return AutoencoderKL(tiny.CONFIG.autoencoder), first_stage_loss_fn(data.x_train, 4)
+    autoencoder = AutoencoderKL(tiny.CONFIG.autoencoder).to(memory_format=torch.channels_last)
+    return autoencoder, first_stage_loss_fn(data.x_train, 4)
 
 
 def second_stage(data):
