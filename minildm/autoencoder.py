@@ -1,3 +1,4 @@
+# Exported from notebooks/03_autoencoder.ipynb by tools/export.py: edit the notebook, not this file.
 """The first stage: an encoder and a decoder that remove imperceptible detail, and the scale of their latents."""
 
 from dataclasses import dataclass, replace

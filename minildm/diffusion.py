@@ -1,3 +1,4 @@
+# Exported from notebooks/02_forward_process.ipynb by tools/export.py: edit the notebook, not this file.
 """The forward process in closed form, its posterior, the three targets, the loss, and ancestral sampling."""
 
 import math

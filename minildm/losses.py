@@ -1,3 +1,4 @@
+# Exported from notebooks/03_autoencoder.ipynb by tools/export.py: edit the notebook, not this file.
 """What the first stage minimises, and how good a reconstruction is."""
 
 from collections.abc import Callable

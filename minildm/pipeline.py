@@ -1,3 +1,4 @@
+# Exported from notebooks/07_latent_diffusion.ipynb by tools/export.py: edit the notebook, not this file.
 """The whole system: autoencoder, prompt encoder, UNet and sampler behind one door."""
 
 import json

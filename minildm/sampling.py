@@ -1,3 +1,4 @@
+# Exported from notebooks/06_ddim.ipynb by tools/export.py: edit the notebook, not this file.
 """From noise to data in few steps: DDIM, its inverse, DPM-Solver++(2M), and the loop around them."""
 
 import math
@@ -8,25 +9,6 @@ import torch
 from minildm.diffusion import Schedule, ddpm_sample
 
 SAMPLERS = ("ddim", "ddpm", "dpm++")
-
-
-def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing") -> list[int]:
-    """`steps` falling time steps of the schedule's T (Lin et al., 2023, table 2).
-
-    "trailing" counts down from T-1 in equal strides, so the first step sees the noise level that sampling starts from;
-    "leading" counts up from 0 and never reaches T-1; "linspace" takes both ends.
-    Raises ValueError when steps is not between 1 and T or the spacing is unknown.
-    """
-    total = len(schedule)
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps must be between 1 and {total}, not {steps}.")
-    if spacing == "leading":
-        return [i * (total // steps) for i in reversed(range(steps))]
-    if spacing == "linspace":
-        return torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long().flip(0).tolist()
-    if spacing == "trailing":
-        return [round(total - i * total / steps) - 1 for i in range(steps)]
-    raise ValueError(f'there is no spacing "{spacing}": choose one of trailing, leading, linspace.')
 
 
 def ddim_step(
@@ -60,19 +42,23 @@ def ddim_sample(
         yield x
 
 
-def ddim_invert(denoise: Callable, schedule: Schedule, x: torch.Tensor, steps: list[int]) -> Iterator[torch.Tensor]:
-    """DDIM backwards in time: from clean x (B, …) to the noise that DDIM with the same falling `steps` turns into x.
+def timesteps(schedule: Schedule, steps: int, spacing: str = "trailing") -> list[int]:
+    """`steps` falling time steps of the schedule's T (Lin et al., 2023, table 2).
 
-    The estimate of ε at the start of a jump stands in for the one at its end, so the way back is exact only in the
-    limit of many steps. Yields x after every step.
+    "trailing" counts down from T-1 in equal strides, so the first step sees the noise level that sampling starts from;
+    "leading" counts up from 0 and never reaches T-1; "linspace" takes both ends.
+    Raises ValueError when steps is not between 1 and T or the spacing is unknown.
     """
-    rising = steps[::-1]
-    for t, t_next in zip([-1, *rising[:-1]], rising, strict=True):
-        _, eps = denoise(x, max(t, 0))
-        a = schedule.at(t, x)
-        x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
-        x = ddim_step(schedule, x0, eps, t, t_next, torch.zeros_like(x))
-        yield x
+    total = len(schedule)
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be between 1 and {total}, not {steps}.")
+    if spacing == "leading":
+        return [i * (total // steps) for i in reversed(range(steps))]
+    if spacing == "linspace":
+        return torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long().flip(0).tolist()
+    if spacing == "trailing":
+        return [round(total - i * total / steps) - 1 for i in range(steps)]
+    raise ValueError(f'there is no spacing "{spacing}": choose one of trailing, leading, linspace.')
 
 
 def dpm_solver_sample(
@@ -97,6 +83,30 @@ def dpm_solver_sample(
         x = ((1 - a_next) / (1 - a)).sqrt() * x - a_next.sqrt() * torch.expm1(-h) * direction
         x0_before, h_before = x0, h
         yield x
+
+
+def ddim_invert(denoise: Callable, schedule: Schedule, x: torch.Tensor, steps: list[int]) -> Iterator[torch.Tensor]:
+    """DDIM backwards in time: from clean x (B, …) to the noise that DDIM with the same falling `steps` turns into x.
+
+    The estimate of ε at the start of a jump stands in for the one at its end, so the way back is exact only in the
+    limit of many steps. Yields x after every step.
+    """
+    rising = steps[::-1]
+    for t, t_next in zip([-1, *rising[:-1]], rising, strict=True):
+        _, eps = denoise(x, max(t, 0))
+        a = schedule.at(t, x)
+        x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        x = ddim_step(schedule, x0, eps, t, t_next, torch.zeros_like(x))
+        yield x
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
+    """Between two noises (B, …) on the arc of their sphere, share in [0, 1]: a straight line would lose variance."""
+    flat_a, flat_b = a.flatten(1), b.flatten(1)
+    cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
+    angle = torch.acos(cosine.clamp(-1, 1)).view(-1, *[1] * (a.ndim - 1))
+    arc = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    return torch.where(angle < math.radians(0.1), (1 - share) * a + share * b, arc)  # parallel: 0 / 0
 
 
 def sample(
@@ -131,12 +141,3 @@ def denoiser(model: Callable, schedule: Schedule, target: str) -> Callable:
         return schedule.x0_and_eps(target, prediction, x, t)
 
     return denoise
-
-
-def slerp(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
-    """Between two noises (B, …) on the arc of their sphere, share in [0, 1]: a straight line would lose variance."""
-    flat_a, flat_b = a.flatten(1), b.flatten(1)
-    cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
-    angle = torch.acos(cosine.clamp(-1, 1)).view(-1, *[1] * (a.ndim - 1))
-    arc = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
-    return torch.where(angle < math.radians(0.1), (1 - share) * a + share * b, arc)  # parallel: 0 / 0

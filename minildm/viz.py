@@ -11,7 +11,6 @@ from PIL import Image, UnidentifiedImageError
 
 from minildm.data import DataError, to_float, to_uint8, write_atomically
 
-
 # Okabe and Ito's colours: told apart by readers with any kind of colour blindness.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 

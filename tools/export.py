@@ -6,6 +6,7 @@ a further module is a second directive, `#| doc One sentence.`, in its first cel
 """
 
 import argparse
+import ast
 import re
 import sys
 from pathlib import Path
@@ -42,14 +43,21 @@ def read_modules(path):
         if not module.isidentifier():
             raise ValueError(f"`#| export {module}` names no module, and no `#| default_exp` stands above it")
         if module in modules:
-            modules[module] += "\n\n" + code + "\n"
+            modules[module] += gap(modules[module], code) + code + "\n"
             continue
         doc = directives.get("doc") or (quote and module == default and quote[1].strip())
         if not doc:
             raise ValueError(f"module {module} needs a docstring: `> …` under the title, or `#| doc …`")
-        gap = "\n\n" if code.startswith(("@", "class ", "def ")) else "\n"
-        modules[module] = HEADER.format(path.name) + f'"""{doc}"""\n' + gap + code + "\n"
+        head = HEADER.format(path.name) + f'"""{doc}"""\n'
+        modules[module] = head + gap(head, code) + code + "\n"
     return modules
+
+
+def gap(before, code):
+    """The blank lines that ruff wants between two cells: two, but one from imports or docstring to a statement."""
+    last, first = ast.parse(before).body[-1], ast.parse(code).body[0]
+    definition = isinstance(first, (ast.FunctionDef, ast.ClassDef))
+    return "\n" if isinstance(last, (ast.Import, ast.ImportFrom, ast.Expr)) and not definition else "\n\n"
 
 
 def collect(root=ROOT):
