@@ -210,6 +210,20 @@ def test_every_residual_branch_starts_as_nothing():
     assert not any(p.any() for p in zero_init(torch.nn.Linear(2, 2)).parameters())
 
 
+def test_the_up_path_sees_each_output_of_the_down_path_last_first(toy):
+    outputs, inputs = [], []
+    down = [toy.conv_in, *(stage for level in toy.down for stage in level), *toy.downsample]
+    hooks = [module.register_forward_hook(lambda _, args, out: outputs.append(out)) for module in down]
+    up = [stage for level in toy.up for stage in level]
+    hooks += [stage.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for stage in up]
+    toy(*toy_inputs())
+    for hook in hooks:
+        hook.remove()
+    assert len(outputs) == len(inputs) == 4
+    for skip, x in zip(reversed(outputs), inputs, strict=True):
+        assert torch.equal(x[:, -skip.shape[1] :], skip)
+
+
 def test_time_image_and_prompt_each_matter(toy):
     x, t, context = toy_inputs()
     out = toy(x, t, context)
