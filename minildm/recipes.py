@@ -175,7 +175,9 @@ def train_text(recipe: TextRecipe, out: Path, budget: Budget, resume: bool) -> d
     start, data = time.monotonic(), load_mnist()
     torch.manual_seed(recipe.seed)
     model = LatentDiffusion(recipe.config).to(pick_device(), memory_format=torch.channels_last)
+    loading = time.monotonic() - start
     first = train_first_stage(recipe, model.autoencoder, data.x_train, out, budget.share(recipe.first_share), resume)
+    start = time.monotonic() - first.elapsed - loading  # counts what a run that was killed had spent, too
     model.autoencoder.load_state_dict(first.ema.model.state_dict())
     captions = StrokeWords.measure(data.x_train, data.y_train).captions(data.x_train, data.y_train)
     latents, spent = cached_latents(model, data.x_train, out, start)
