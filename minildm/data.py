@@ -6,13 +6,12 @@ import hashlib
 import os
 import zlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-import minildm
 
 MNIST_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -46,7 +45,7 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
 
 def data_root() -> Path:
     """The data folder: $MINILDM_DATA if set, else `data/` beside the package."""
-    return Path(os.environ.get("MINILDM_DATA", Path(minildm.__file__).resolve().parent.parent / "data"))
+    return Path(os.environ.get("MINILDM_DATA", Path(find_spec("minildm").origin).resolve().parent.parent / "data"))
 
 
 def import_torchvision():
