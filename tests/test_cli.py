@@ -123,18 +123,24 @@ def test_train_and_evaluate_write_a_model_and_its_figures(tiny_recipe, tmp_path,
         (["7", "--model", "mnist-txt"], 'there is no model "mnist-txt"'),
         (["7", "--model", "none/at/all"], 'there is no model "none/at/all"'),
         (["7", "--steps", "1", "--out", "config.json/x.png"], "cannot be opened or written"),
-        (["7", "--steps", "1", "--out", "folder"], "folder cannot be opened or written (Is a directory)"),
     ],
 )
 def test_sample_refuses_bad_input(tiny_folder, monkeypatch, refused, arguments, says):
     monkeypatch.chdir(tiny_folder)
-    Path("folder").mkdir()
     save_png(torch.zeros(1, 1, 32, 32), "init.png", zoom=1)
     before = sorted(os.listdir())
     model = [] if "--model" in arguments else ["--model", "."]
     out = [] if "--out" in arguments else ["--out", "out.png"]
     assert says in refused("sample", *arguments, *model, *out)
     assert sorted(os.listdir()) == before
+
+
+def test_the_place_that_cannot_be_written_is_named_as_it_was_given(tiny_folder, monkeypatch, refused):
+    monkeypatch.chdir(tiny_folder)
+    Path("folder").mkdir()
+    error = refused("sample", "7", "--model", ".", "--steps", 1, "--out", "folder")
+    assert error == "folder cannot be opened or written (Is a directory): choose another place.\n"
+    assert not list(Path().glob(".*"))
 
 
 @pytest.mark.parametrize(

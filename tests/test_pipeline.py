@@ -16,7 +16,7 @@ from minildm.diffusion import diffusion_loss
 from minildm.metrics import predict
 from minildm.pipeline import LatentDiffusion, LDMConfig, encode_all, second_stage_loss_fn, weights_root
 from minildm.sampling import SAMPLERS
-from minildm.training import Budget, batch_indices
+from minildm.training import Budget, batch_indices, read_safetensors
 
 PROMPTS = ["a thick slanted seven", "a thin 3", ""]
 
@@ -274,6 +274,10 @@ def test_a_whole_tiny_run_from_raw_data_to_figures(tiny_recipe, tmp_path):
     latents = model.encode(to_float(tiny.small_mnist().x_train))
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), rtol=0, atol=1e-3)
+
+    for part, file in ((model.autoencoder, "first_stage"), (model.second_stage, "second_stage")):
+        checkpoint, _ = read_safetensors(out / f"{file}.safetensors")
+        assert all(torch.equal(value, checkpoint[f"ema.{key}"]) for key, value in part.state_dict().items())
 
     figures = recipes.evaluate(model, tiny_recipe, n=20, steps=2)
     assert figures.keys() == tiny.FIGURES and figures["samples"] == 20
