@@ -1,4 +1,4 @@
-"""The command line: python -m minildm demo | sample | train | evaluate | bench."""
+"""The command line: python -m minildm demo | sample | train | evaluate | experiment | bench."""
 
 import argparse
 import json
@@ -51,6 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--guidance-scale", type=float, default=2.0)
     evaluate.add_argument("--sampler", default="ddim", help="ddim, ddpm or dpm++")
     evaluate.add_argument("--out", type=Path, help="the file to write (default metrics.json in the model's folder)")
+
+    experiment = commands.add_parser("experiment", help="one of the paper's experiments in miniature")
+    experiment.add_argument("name", help="first-stage: what compression costs and what it buys")
+    experiment.add_argument("--seconds", type=positive, default=60, help="training of each first stage (default 60)")
+    experiment.add_argument("--samples", type=int, default=2000, help="test images to measure on")
+    experiment.add_argument("--work", type=Path, help="folder for what is done so far (default runs/NAME)")
+    experiment.add_argument("--out", type=Path, help="the JSON file to write (default data/results/NAME.json)")
 
     commands.add_parser("bench", help="time both stages and sampling on this machine")
     return parser
@@ -159,6 +166,16 @@ def run_evaluate(args: argparse.Namespace) -> None:
         recipes.add_to_card(folder, metrics)
 
 
+def run_experiment(args: argparse.Namespace) -> None:
+    """Measure one of the experiments; a second call goes on where the first one stopped."""
+    from minildm.data import data_root
+    from minildm.experiments import run_experiment
+
+    out = args.out or data_root() / "results" / f"{args.name.replace('-', '_')}.json"
+    run_experiment(args.name, out, args.work or Path("runs") / args.name, args.seconds, args.samples)
+    print(f"wrote {out}")
+
+
 def run_bench(args: argparse.Namespace) -> None:
     """Print the benchmark's figures."""
     from minildm.bench import run
@@ -170,7 +187,14 @@ def run_bench(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Bad input, files or folders end with one sentence and exit code 2."""
     args = build_parser().parse_args(arguments)
-    command = {"demo": run_demo, "sample": run_sample, "train": run_train, "evaluate": run_evaluate, "bench": run_bench}
+    command = {
+        "demo": run_demo,
+        "sample": run_sample,
+        "train": run_train,
+        "evaluate": run_evaluate,
+        "experiment": run_experiment,
+        "bench": run_bench,
+    }
     from minildm.data import DataError
 
     try:
