@@ -261,7 +261,7 @@ def _phrase(*words: str) -> str:
     return f"{'an' if vowel else 'a'} {phrase}"
 
 
-def drop_words(captions: list[str], generator: torch.Generator, p_word: float = 0.2, p_all: float = 0.1) -> list[str]:
+def drop_words(captions: list[str], generator: torch.Generator, p_word: float = 0.1, p_all: float = 0.1) -> list[str]:
     """Captions with words left out at random, so that "seven", "a thin 3" and "" become valid prompts too.
 
     Each word goes with probability `p_word`, the whole caption with `p_all` (for classifier-free guidance), and half of

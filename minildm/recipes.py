@@ -136,13 +136,15 @@ def first_stage_recipe(factor: int, kind: str) -> AutoencoderRecipe:
 RECIPES: dict[str, Recipe] = {
     "mnist-text": TextRecipe(
         config=LDMConfig(
-            autoencoder=AutoencoderConfig(channels=8, multipliers=(1, 3, 6), groups=4),
-            unet=UNetConfig(channels=48, multipliers=(1, 2), ff_multiplier=2, context_dim=64, groups=8),
+            autoencoder=AutoencoderConfig(latent_channels=3, channels=8, multipliers=(1, 2, 4), groups=4),
+            unet=UNetConfig(3, 3, channels=32, multipliers=(1, 2), ff_multiplier=2, context_dim=64, groups=8),
             schedule="cosine",
             target="v",
         ),
-        first=Stage(batch_size=32, lr=4e-3, ema_decay=0.99),
-        second=Stage(batch_size=64, lr=2e-3, ema_decay=0.995),
+        first=Stage(batch_size=16, lr=4e-3, ema_decay=0.99),
+        second=Stage(batch_size=32, lr=2.5e-3, ema_decay=0.995),
+        first_share=0.1,
+        kl_weight=1e-2,
     ),
     "mnist-classifier": ClassifierRecipe(),
     "mnist-features": FeaturesRecipe(),
