@@ -136,14 +136,19 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    """Measure a text-to-image model; print the figures and write them as JSON."""
+    """Measure a text-to-image model or a first stage; print the figures and write them as JSON."""
+    from minildm import recipes
     from minildm.data import pick_device, write_atomically
     from minildm.pipeline import LatentDiffusion, weights_root
-    from minildm.recipes import add_to_card, evaluate, load_judge
 
-    model = LatentDiffusion.from_pretrained(args.model).to(pick_device())
-    sampling = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
-    figures = evaluate(model, load_judge(), args.samples, **sampling)
+    device, judge = pick_device(), recipes.load_judge()
+    if recipes.is_first_stage(args.model):
+        autoencoder, sampling = recipes.load_autoencoder(args.model).to(device), {}
+        figures = recipes.evaluate_first_stage(autoencoder, judge, recipes.load_features().to(device), args.samples)
+    else:
+        model = LatentDiffusion.from_pretrained(args.model).to(device)
+        sampling = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
+        figures = recipes.evaluate(model, judge, args.samples, **sampling)
     for name, value in figures.items():
         print(f"{name:22} {value:10.4g}")
     folder = Path(args.model) if Path(args.model).is_dir() else weights_root() / args.model
@@ -151,7 +156,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     path = args.out or folder / "metrics.json"
     write_atomically(path, lambda file: file.write_text(json.dumps(metrics, indent=1)))
     if args.out is None:
-        add_to_card(folder, metrics)
+        recipes.add_to_card(folder, metrics)
 
 
 def run_bench(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 """The first stage: an encoder and a decoder that remove imperceptible detail, and the scale of their latents."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,11 @@ class AutoencoderConfig:
     """Shape of an autoencoder; the compression factor is f = 2^(len(multipliers) - 1).
 
     Level i works on `channels · multipliers[i]` channels at 1/2^i of the image's size, with `res_blocks` residual
-    blocks (one more in the decoder). `attention` puts self-attention in the middle. `latent_shift` and `latent_scale`
-    hold, for each latent channel, the mean and 1/deviation measured after training; empty means not measured yet.
+    blocks (one more in the decoder). `attention` puts self-attention in the middle. `codes` is the size of the
+    codebook of an AutoencoderVQ, and 0 for an AutoencoderKL. `latent_shift` and `latent_scale` hold, for each latent
+    channel, the mean and 1/deviation measured after training; empty means not measured yet.
+
+    Raises ValueError for a shape that cannot be built.
     """
 
     in_channels: int = 1
@@ -27,8 +31,23 @@ class AutoencoderConfig:
     res_blocks: int = 1
     attention: bool = False
     groups: int = 8
+    codes: int = 0
     latent_shift: tuple[float, ...] = ()
     latent_scale: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        for name in ("in_channels", "latent_channels", "channels", "res_blocks", "groups"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not 1 <= len(self.multipliers) <= 4 or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers must be 1 to 4 numbers of at least 1 (f = 1 to 8), not {self.multipliers}.")
+        if any(self.channels * m % self.groups for m in self.multipliers):
+            widths = [self.channels * m for m in self.multipliers]
+            raise ValueError(f"every width must be a multiple of groups = {self.groups}, which {widths} are not.")
+        if self.codes < 0 or self.codes == 1:
+            raise ValueError(f"codes must be 0 (KL) or at least 2, not {self.codes}.")
+        if not len(self.latent_shift) == len(self.latent_scale) in (0, self.latent_channels):
+            raise ValueError(f"latent_shift and latent_scale must have {self.latent_channels} values each, or none.")
 
     @property
     def factor(self) -> int:
@@ -143,35 +162,23 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class AutoencoderKL(nn.Module):
-    """The KL-regularised autoencoder (LDM section 3.1 and appendix G).
-
-    `encode` gives the posterior, `decode` takes raw latents; `to_latents` and `from_latents` are what the second stage
-    uses: latents shifted and scaled to mean 0 and deviation 1 in each channel.
+class Autoencoder(nn.Module):
+    """What both regularisations share: `latent` and `decode` work on raw latents, and `to_latents` and `from_latents`
+    on those of the second stage, shifted and scaled to mean 0 and deviation 1 in each channel.
     """
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config, 2 * config.latent_channels)
-        self.to_moments = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.from_z = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
-        self.decoder = Decoder(config)
 
-    def encode(self, x: torch.Tensor) -> DiagonalGaussian:
-        """q(z | x) for images x (B, in_channels, H, W) in [-1, 1]; its mean is (B, latent_channels, H/f, W/f).
+    @property
+    def last_layer(self) -> torch.Tensor:
+        """The weights of the decoder's last convolution, (in_channels, channels, 3, 3)."""
+        return self.decoder.conv_out.weight
 
-        Raises ValueError when the number of channels is wrong or f does not divide the size.
-        """
-        f = self.config.factor
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % f or x.shape[3] % f:
-            wanted = f"(B, {self.config.in_channels}, H, W) with H and W divisible by {f}"
-            raise ValueError(f"images must be {wanted}, not {tuple(x.shape)}.")
-        return DiagonalGaussian(self.to_moments(self.encoder(x)))
-
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Raw latents (B, latent_channels, h, w) → images (B, in_channels, f·h, f·w), about [-1, 1]."""
-        return self.decoder(self.from_z(z))
+    def latent(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_channels, H, W) in [-1, 1] → the raw latents (B, latent_channels, H/f, W/f) for diffusion."""
+        raise NotImplementedError
 
     def standardise(self, z: torch.Tensor) -> torch.Tensor:
         """Raw latents (B, latent_channels, h, w) → (z - shift) · scale: mean 0 and deviation 1 in each channel.
@@ -182,8 +189,8 @@ class AutoencoderKL(nn.Module):
         return (z - shift) * scale
 
     def to_latents(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_channels, H, W) in [-1, 1] → standardised posterior means (B, latent_channels, H/f, W/f)."""
-        return self.standardise(self.encode(x).mean)
+        """Images (B, in_channels, H, W) in [-1, 1] → standardised latents (B, latent_channels, H/f, W/f)."""
+        return self.standardise(self.latent(x))
 
     def from_latents(self, z: torch.Tensor) -> torch.Tensor:
         """Standardised latents (B, latent_channels, h, w) → images (B, in_channels, f·h, f·w)."""
@@ -200,3 +207,157 @@ class AutoencoderKL(nn.Module):
             raise ValueError("the latents have no scale yet: call set_latent_statistics on those of training images.")
         values = (self.config.latent_shift, self.config.latent_scale)
         return tuple(torch.tensor(v, device=like.device, dtype=like.dtype).view(-1, 1, 1) for v in values)
+
+    def _check(self, x: torch.Tensor) -> None:
+        f = self.config.factor
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % f or x.shape[3] % f:
+            wanted = f"(B, {self.config.in_channels}, H, W) with H and W divisible by {f}"
+            raise ValueError(f"images must be {wanted}, not {tuple(x.shape)}.")
+
+
+class AutoencoderKL(Autoencoder):
+    """The KL-regularised autoencoder (LDM section 3.1 and appendix G): `encode` gives the posterior."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__(config)
+        self.encoder = Encoder(config, 2 * config.latent_channels)
+        self.to_moments = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.from_z = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, x: torch.Tensor) -> DiagonalGaussian:
+        """q(z | x) for images x (B, in_channels, H, W) in [-1, 1]; its mean is (B, latent_channels, H/f, W/f).
+
+        Raises ValueError when the number of channels is wrong or f does not divide the size.
+        """
+        self._check(x)
+        return DiagonalGaussian(self.to_moments(self.encoder(x)))
+
+    def latent(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_channels, H, W) in [-1, 1] → the posterior's mean (B, latent_channels, H/f, W/f)."""
+        return self.encode(x).mean
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Raw latents (B, latent_channels, h, w) → images (B, in_channels, f·h, f·w), about [-1, 1]."""
+        return self.decoder(self.from_z(z))
+
+
+class Quantised(NamedTuple):
+    """What a quantiser makes of latents (B, C, h, w): `z` of the same shape, `indices` (B, h, w), and a scalar loss."""
+
+    z: torch.Tensor
+    indices: torch.Tensor
+    loss: torch.Tensor
+
+
+class VectorQuantiser(nn.Module):
+    """Replace each latent vector by the nearest of a number of codes (van den Oord et al., 2017, section 3).
+
+    Backwards, the gradient passes straight through to the encoder. The loss is β · mean (z - sg[e])², the commitment of
+    the encoder to its codes; the codes e follow the latents as a moving average in `update`, or, with `by_loss`, by the
+    further term mean (sg[z] - e)². A code used less than `dead_below` times a batch is restarted by `update`.
+    """
+
+    def __init__(
+        self,
+        codes: int,
+        dim: int,
+        beta: float = 0.25,
+        by_loss: bool = False,
+        decay: float = 0.99,
+        dead_below: float = 0.5,
+    ):
+        super().__init__()
+        self.beta, self.by_loss, self.decay, self.dead_below = beta, by_loss, decay, dead_below
+        codebook = torch.randn(codes, dim)
+        if by_loss:
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
+        self.register_buffer("counts", torch.zeros(codes))  # uses a batch, as a moving average
+        self.register_buffer("sums", torch.zeros(codes, dim))  # the latents that chose the code, summed, likewise
+
+    @torch.no_grad()
+    def nearest(self, z: torch.Tensor) -> torch.Tensor:
+        """The index of the code at the smallest Euclidean distance to each vector of z (B, dim, h, w): (B, h, w)."""
+        vectors = rearrange(z, "b c h w -> b (h w) c")
+        distances = self.codebook.square().sum(1) - 2 * vectors @ self.codebook.T  # (B, hw, codes), without |z|²
+        return rearrange(distances.argmin(2), "b (h w) -> b h w", h=z.shape[2])
+
+    def lookup(self, indices: torch.Tensor) -> torch.Tensor:
+        """The codes with these indices (B, h, w): (B, dim, h, w)."""
+        return rearrange(F.embedding(indices, self.codebook), "b h w c -> b c h w")
+
+    def forward(self, z: torch.Tensor) -> Quantised:
+        """Quantise z (B, dim, h, w); the codebook itself stays as it is."""
+        indices = self.nearest(z)
+        code = self.lookup(indices)  # (B, dim, h, w)
+        loss = self.beta * F.mse_loss(z, code.detach())
+        if self.by_loss:
+            loss = loss + F.mse_loss(code, z.detach())
+        return Quantised(z + (code - z).detach(), indices, loss)
+
+    @torch.no_grad()
+    def update(self, z: torch.Tensor, indices: torch.Tensor, generator: torch.Generator) -> None:
+        """Let the codebook follow a training batch z (B, dim, h, w) that was given the codes `indices` (B, h, w).
+
+        N ← γN + (1-γ)n, m ← γm + (1-γ) Σz, e = m / N for each code (appendix A.1; not with `by_loss`). Codes that
+        hardly anybody uses are then put on vectors of z drawn at random.
+        """
+        vectors, chosen = rearrange(z, "b c h w -> (b h w) c"), indices.flatten()
+        uses = chosen.bincount(minlength=len(self.counts)).to(self.counts)
+        self.counts.lerp_(uses, 1 - self.decay)
+        self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, chosen, vectors), 1 - self.decay)
+        if not self.by_loss:
+            mean = self.sums / self.counts.clamp(min=1e-6)[:, None]
+            self.codebook.copy_(torch.where(self.counts[:, None] > 1e-6, mean, self.codebook))
+        self._restart(self.counts < self.dead_below, vectors, generator)
+
+    def _restart(self, dead: torch.Tensor, vectors: torch.Tensor, generator: torch.Generator) -> None:
+        picks = torch.randint(len(vectors), (int(dead.sum()),), generator=generator).to(vectors.device)
+        self.codebook[dead], self.sums[dead], self.counts[dead] = vectors[picks], vectors[picks], 1.0
+
+
+def perplexity(indices: torch.Tensor, codes: int) -> torch.Tensor:
+    """How many codes are used, evenly counted: exp(-Σ p log p) of their shares p in `indices` (any shape), a scalar.
+
+    1 when only one code is used, `codes` when all are used equally often.
+    """
+    p = indices.flatten().bincount(minlength=codes) / indices.numel()
+    return torch.special.entr(p).sum().exp()
+
+
+class AutoencoderVQ(Autoencoder):
+    """The VQ-regularised autoencoder (LDM section 3.1 and appendix G): the quantiser is the decoder's first layer.
+
+    So `encode` gives latents before quantisation, which is what diffusion works on, and `decode` quantises.
+    """
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__(config)
+        self.encoder = Encoder(config, config.latent_channels)
+        self.to_codes = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.quantiser = VectorQuantiser(config.codes, config.latent_channels)
+        self.from_z = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_channels, H, W) in [-1, 1] → latents before quantisation (B, latent_channels, H/f, W/f).
+
+        Raises ValueError when the number of channels is wrong or f does not divide the size.
+        """
+        self._check(x)
+        return self.to_codes(self.encoder(x))
+
+    def latent(self, x: torch.Tensor) -> torch.Tensor:
+        """The same as `encode`."""
+        return self.encode(x)
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Raw latents (B, latent_channels, h, w) → their codes → images (B, in_channels, f·h, f·w), about [-1, 1]."""
+        return self.decoder(self.from_z(self.quantiser(z).z))
+
+
+def make_autoencoder(config: AutoencoderConfig) -> AutoencoderKL | AutoencoderVQ:
+    """The autoencoder that `config.codes` asks for."""
+    return AutoencoderVQ(config) if config.codes else AutoencoderKL(config)

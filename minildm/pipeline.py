@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minildm.autoencoder import AutoencoderConfig, AutoencoderKL
+from minildm.autoencoder import Autoencoder, AutoencoderConfig, make_autoencoder
 from minildm.conditioning import CAPTION_WORDS, TextEncoder, Tokenizer, guided
 from minildm.data import DataError, data_root, drop_words, seeded, sha256, to_float, write_atomically
 from minildm.diffusion import diffusion_loss, make_schedule
@@ -37,6 +37,11 @@ class LDMConfig:
     beta_end: float = 0.02
     target: str = "eps"
     image_size: int = 32
+
+    def __post_init__(self):
+        if self.image_size < 1 or self.image_size % self.autoencoder.factor:
+            f = self.autoencoder.factor
+            raise ValueError(f"image_size must be a multiple of the compression factor {f}, not {self.image_size}.")
 
     @classmethod
     def from_dict(cls, values: dict) -> "LDMConfig":
@@ -93,7 +98,7 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = Tokenizer(config.words)
-        self.autoencoder = AutoencoderKL(config.autoencoder)
+        self.autoencoder = make_autoencoder(config.autoencoder)
         self.second_stage = SecondStage(config)
         self.schedule = make_schedule(config.schedule, beta_start=config.beta_start, beta_end=config.beta_end)
         self.requires_grad_(False).eval()
@@ -201,10 +206,10 @@ class LatentDiffusion(nn.Module):
 
 
 @torch.no_grad()
-def encode_all(autoencoder: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Raw latents (posterior means) of uint8 images (N, C, H, W): (N, latent_channels, H/f, W/f), on the CPU."""
+def encode_all(autoencoder: Autoencoder, images: torch.Tensor) -> torch.Tensor:
+    """Raw latents of uint8 images (N, C, H, W), before any sampling or quantising, (N, latent_channels, H/f, W/f)."""
     device = next(autoencoder.parameters()).device
-    return torch.cat([autoencoder.encode(to_float(batch).to(device)).mean.cpu() for batch in images.split(500)])
+    return torch.cat([autoencoder.latent(to_float(batch).to(device)).cpu() for batch in images.split(500)])
 
 
 def second_stage_loss_fn(

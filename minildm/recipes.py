@@ -1,6 +1,7 @@
 """Recipes: from raw data to a trained model in one call, resumable, and the figures that judge the result."""
 
 import json
+import math
 import os
 import platform
 import sys
@@ -11,8 +12,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from minildm.autoencoder import AutoencoderConfig, AutoencoderKL
+from minildm.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    AutoencoderKL,
+    AutoencoderVQ,
+    make_autoencoder,
+    perplexity,
+)
 from minildm.data import (
     MNIST_SHA256,
     DataError,
@@ -24,7 +33,18 @@ from minildm.data import (
     to_uint8,
     write_atomically,
 )
-from minildm.losses import first_stage_loss_fn, psnr
+from minildm.losses import (
+    FeatureNet,
+    FirstStage,
+    Objective,
+    PatchDiscriminator,
+    feature_net_loss_fn,
+    first_stage_loss_fn,
+    objective_loss_fn,
+    perceptual_distance,
+    psnr,
+    ssim,
+)
 from minildm.metrics import DigitClassifier, classifier_loss, frechet_distance, predict
 from minildm.pipeline import LatentDiffusion, LDMConfig, encode_all, read_model, second_stage_loss_fn
 from minildm.training import (
@@ -73,7 +93,47 @@ class ClassifierRecipe:
     seed: int = 1
 
 
-RECIPES: dict[str, TextRecipe | ClassifierRecipe] = {
+@dataclass(frozen=True)
+class FeaturesRecipe:
+    """The small classifier whose layers measure perceptual distance; not the judge."""
+
+    stage: Stage = field(default_factory=lambda: Stage(128, 4e-3, 0.98))
+    seed: int = 2
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    """A first stage alone, by the whole objective: reconstruction, perceptual, regularisation, adversary."""
+
+    config: AutoencoderConfig
+    stage: Stage = field(default_factory=lambda: Stage(batch_size=32, lr=4e-3, ema_decay=0.99))
+    objective: Objective = Objective(perceptual=0.05, adversarial=0.05, start=0.7)
+    seed: int = 0
+
+
+Recipe = TextRecipe | ClassifierRecipe | FeaturesRecipe | AutoencoderRecipe
+
+# Widths for each compression factor: about 360,000 parameters each, but f = 1, which has nothing to compress.
+FIRST_STAGE_WIDTHS = {1: (2,), 2: (2, 6), 4: (1, 3, 6), 8: (1, 2, 4, 5)}
+CODES = 256
+
+
+def first_stage_recipe(factor: int, kind: str) -> AutoencoderRecipe:
+    """The first stage with compression factor 1, 2, 4 or 8 and as many latent channels, `kind` "kl" or "vq".
+
+    Raises ValueError for another factor or kind.
+    """
+    if factor not in FIRST_STAGE_WIDTHS or kind not in ("kl", "vq"):
+        raise ValueError(f"a first stage has a factor of 1, 2, 4 or 8 and is kl or vq, not {factor} and {kind}.")
+    codes = CODES if kind == "vq" else 0
+    return AutoencoderRecipe(
+        AutoencoderConfig(
+            latent_channels=factor, channels=8, multipliers=FIRST_STAGE_WIDTHS[factor], groups=4, codes=codes
+        )
+    )
+
+
+RECIPES: dict[str, Recipe] = {
     "mnist-text": TextRecipe(
         config=LDMConfig(
             autoencoder=AutoencoderConfig(channels=8, multipliers=(1, 3, 6), groups=4),
@@ -85,10 +145,13 @@ RECIPES: dict[str, TextRecipe | ClassifierRecipe] = {
         second=Stage(batch_size=64, lr=2e-3, ema_decay=0.995),
     ),
     "mnist-classifier": ClassifierRecipe(),
+    "mnist-features": FeaturesRecipe(),
+    "mnist-kl-f4": first_stage_recipe(4, "kl"),
+    "mnist-vq-f4": first_stage_recipe(4, "vq"),
 }
 
 
-def find_recipe(name: str) -> TextRecipe | ClassifierRecipe:
+def find_recipe(name: str) -> Recipe:
     """A recipe by its name. Raises ValueError that lists the names."""
     if name not in RECIPES:
         raise ValueError(f'there is no recipe "{name}": choose one of {", ".join(RECIPES)}.')
@@ -149,7 +212,13 @@ def train_recipe(name: str, out: Path | str, budget: Budget, resume: bool = Fals
     """
     out, recipe = Path(out), find_recipe(name)
     start_run(out, name, budget, resume)
-    made = (train_classifier if isinstance(recipe, ClassifierRecipe) else train_text)(recipe, out, budget, resume)
+    trainer = {
+        TextRecipe: train_text,
+        ClassifierRecipe: train_classifier,
+        FeaturesRecipe: train_features,
+        AutoencoderRecipe: train_autoencoder,
+    }
+    made = trainer[type(recipe)](recipe, out, budget, resume)
     write_card(out, name, recipe, budget, made)
     return out
 
@@ -163,11 +232,48 @@ def train_classifier(recipe: ClassifierRecipe, out: Path, budget: Budget, resume
     )
     loss_fn = classifier_loss(data.x_train, data.y_train, stage.batch_size)
     run_stage("classifier", state, loss_fn, budget, stage.lr, out / "checkpoint.safetensors", resume)
-    save_judge(state.ema.model, out)
+    save_weights(state.ema.model, {}, out)
     read, _ = predict(state.ema.model, to_float(data.x_test))
     accuracy = (read == data.y_test).float().mean().item()
     print(f"test accuracy {accuracy:.2%}")
     return {"steps": state.step, "seconds": round(state.elapsed), "test_accuracy": round(accuracy, 4)}
+
+
+def train_features(recipe: FeaturesRecipe, out: Path, budget: Budget, resume: bool) -> dict:
+    """Train the FeatureNet of the perceptual distance; returns what the card says of the training."""
+    data, stage = load_mnist(), recipe.stage
+    torch.manual_seed(recipe.seed)
+    net = FeatureNet().to(pick_device(), memory_format=torch.channels_last)
+    state = TrainState.start(net, stage.lr, recipe.seed, stage.weight_decay, stage.ema_decay)
+    loss_fn = feature_net_loss_fn(data.x_train, data.y_train, stage.batch_size)
+    run_stage("features", state, loss_fn, budget, stage.lr, out / "checkpoint.safetensors", resume)
+    save_weights(state.ema.model, {}, out)
+    with torch.no_grad():
+        read = torch.cat(
+            [state.ema.model(x.to(pick_device())).argmax(1).cpu() for x in to_float(data.x_test).split(500)]
+        )
+    accuracy = (read == data.y_test).float().mean().item()
+    print(f"test accuracy {accuracy:.2%}")
+    return {"steps": state.step, "seconds": round(state.elapsed), "test_accuracy": round(accuracy, 4)}
+
+
+def train_autoencoder(recipe: AutoencoderRecipe, out: Path, budget: Budget, resume: bool) -> dict:
+    """A first stage alone, the average of its weights and its latents' statistics; returns what the card says of it."""
+    data, stage, objective = load_mnist(), recipe.stage, recipe.objective
+    torch.manual_seed(recipe.seed)
+    discriminator = PatchDiscriminator(recipe.config.in_channels) if objective.adversarial else None
+    model = FirstStage(make_autoencoder(recipe.config), discriminator)
+    model.to(pick_device(), memory_format=torch.channels_last)
+    state = TrainState.start(model, stage.lr, recipe.seed, stage.weight_decay, stage.ema_decay)
+    net = load_features().to(pick_device()) if objective.perceptual else None
+    loss_fn = objective_loss_fn(
+        data.x_train, stage.batch_size, objective, net, lambda: budget.progress(state.step, state.elapsed)
+    )
+    run_stage("autoencoder", state, loss_fn, budget, stage.lr, out / "checkpoint.safetensors", resume)
+    autoencoder = state.ema.model.autoencoder
+    autoencoder.set_latent_statistics(encode_all(autoencoder, data.x_train))
+    save_weights(autoencoder, asdict(autoencoder.config), out)
+    return {"steps": state.step, "seconds": round(state.elapsed)}
 
 
 def train_text(recipe: TextRecipe, out: Path, budget: Budget, resume: bool) -> dict:
@@ -199,7 +305,7 @@ def train_text(recipe: TextRecipe, out: Path, budget: Budget, resume: bool) -> d
 
 
 def train_first_stage(
-    recipe: TextRecipe, autoencoder: AutoencoderKL, images: torch.Tensor, out: Path, budget: Budget, resume: bool
+    recipe: TextRecipe, autoencoder: Autoencoder, images: torch.Tensor, out: Path, budget: Budget, resume: bool
 ) -> TrainState:
     """Train the autoencoder on uint8 images (N, C, H, W); the result is the state's EMA."""
     stage = recipe.first
@@ -226,7 +332,7 @@ def cached_latents(model: LatentDiffusion, images: torch.Tensor, out: Path, star
     return model.autoencoder.standardise(tensors["raw"]), float(metadata["spent"])
 
 
-def write_card(out: Path, name: str, recipe: TextRecipe | ClassifierRecipe, budget: Budget, made: dict) -> None:
+def write_card(out: Path, name: str, recipe: Recipe, budget: Budget, made: dict) -> None:
     """card.json: which recipe, seed, data, steps, seconds and machine made the weights, and the command."""
     amount = f"--steps {budget.steps}" if budget.steps else f"--minutes {budget.seconds / 60:g}"
     card = {
@@ -250,11 +356,11 @@ def add_to_card(folder: Path, metrics: dict) -> None:
         write_atomically(path, lambda file: file.write_text(json.dumps(card, indent=1)))
 
 
-def save_judge(judge: DigitClassifier, folder: Path) -> None:
-    """Write a classifier's weights and their checksum into a folder."""
-    weights = {k: v.cpu().contiguous() for k, v in judge.state_dict().items()}
+def save_weights(model: nn.Module, config: dict, folder: Path) -> None:
+    """Write a model's weights, its config and the checksum of the weights into a folder."""
+    weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
     write_atomically(folder / "model.safetensors", lambda file: save_file(weights, file))
-    config = {"weights_sha256": sha256(folder / "model.safetensors")}
+    config = config | {"weights_sha256": sha256(folder / "model.safetensors")}
     write_atomically(folder / "config.json", lambda file: file.write_text(json.dumps(config)))
 
 
@@ -264,6 +370,90 @@ def load_judge(name: Path | str = "mnist-classifier") -> DigitClassifier:
     judge = DigitClassifier()
     load_weights(judge, weights, path)
     return judge.requires_grad_(False).eval()
+
+
+def load_features(name: Path | str = "mnist-features") -> FeatureNet:
+    """The shipped network of the perceptual distance, or one from a folder. Raises DataError like `from_pretrained`."""
+    _, weights, path = read_model(name)
+    net = FeatureNet()
+    load_weights(net, weights, path)
+    return net.requires_grad_(False).eval()
+
+
+def load_autoencoder(name: Path | str) -> AutoencoderKL | AutoencoderVQ:
+    """A first stage by its shipped name, such as "mnist-kl-f4", or by the folder of its run.
+
+    Raises DataError when there is none or one of its files is missing, damaged, altered or of another kind.
+    """
+    config, weights, path = read_model(name)
+    try:
+        config = AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+        autoencoder = make_autoencoder(config)
+    except Exception as error:  # whatever an altered or foreign file makes of the constructors
+        raise DataError(
+            f"{path.with_name('config.json')} does not describe a first stage ({error!r}): "
+            "restore it or give another model."
+        ) from None
+    load_weights(autoencoder, weights, path)
+    return autoencoder.requires_grad_(False).eval()
+
+
+def is_first_stage(name: Path | str) -> bool:
+    """Whether a model is a first stage alone. Raises DataError when there is no such model."""
+    return "multipliers" in read_model(name)[0]
+
+
+@torch.no_grad()
+def evaluate_first_stage(
+    autoencoder: AutoencoderKL | AutoencoderVQ, judge: DigitClassifier, net: FeatureNet, n: int = 10_000
+) -> dict[str, float]:
+    """Figures of a first stage on the first n test images, each reconstructed from its latent without sampling.
+
+    psnr in decibels, ssim, perceptual (distance by `net`): means over the images. rfid: Fréchet distance in the judge's
+    features between reconstructions and originals. KL: nats_per_latent, the KL a latent value. VQ: bits_per_latent,
+    log2 of the codes a latent vector over its channels; code_use, the share of codes used; their perplexity.
+    Raises ValueError when n is not between 2 and 10,000.
+    """
+    if not 2 <= n <= 10_000:
+        raise ValueError(f"evaluate on 2 to 10,000 samples, not {n}.")
+    device = next(autoencoder.parameters()).device
+    x = to_float(load_mnist().x_test[:n])
+    parts = [_reconstruct(autoencoder, batch.to(device)) for batch in x.split(100)]
+    x_hat, rates = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    pairs = list(zip(x_hat.split(500), x.split(500), strict=True))
+    perceptual = [perceptual_distance(net, a.to(device), b.to(device)).cpu() for a, b in pairs]
+    (_, features), (_, real) = predict(judge, x_hat), predict(judge, x)
+    return {
+        "samples": n,
+        "psnr": psnr(x_hat, x).mean().item(),
+        "ssim": ssim(x_hat, x).mean().item(),
+        "perceptual": torch.cat(perceptual).mean().item(),
+        "rfid": frechet_distance(features, real),
+        **_rate_figures(autoencoder.config, rates),
+    }
+
+
+def _reconstruct(autoencoder: Autoencoder, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x̂ (B, C, H, W) in [-1, 1], and what the latents cost: nats an image (B,) or codes (B, h, w); on the CPU."""
+    if isinstance(autoencoder, AutoencoderVQ):
+        z = autoencoder.encode(x)
+        rate = autoencoder.quantiser(z).indices
+    else:
+        posterior = autoencoder.encode(x)
+        z, rate = posterior.mean, posterior.kl()
+    return autoencoder.decode(z).clamp(-1, 1).cpu(), rate.cpu()
+
+
+def _rate_figures(config: AutoencoderConfig, rates: torch.Tensor) -> dict[str, float]:
+    """The figures of a rate: `nats_per_latent`, or `bits_per_latent`, `code_use` and `perplexity`."""
+    values = config.latent_channels * (32 // config.factor) ** 2
+    if not config.codes:
+        return {"nats_per_latent": rates.mean().item() / values}
+    return {
+        "bits_per_latent": math.log2(config.codes) / config.latent_channels,
+        "code_use": len(rates.unique()) / config.codes,
+        "perplexity": perplexity(rates, config.codes).item(),
+    }
 
 
 def evaluate(model: LatentDiffusion, judge: DigitClassifier, n: int = 10_000, **sampling) -> dict[str, float]:
