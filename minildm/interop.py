@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from minildm.autoencoder import AutoencoderConfig, AutoencoderKL
+from minildm.autoencoder import AutoencoderConfig, AutoencoderKL, AutoencoderVQ, make_autoencoder
 from minildm.data import DataError, write_atomically
 from minildm.pipeline import LatentDiffusion, LDMConfig
 from minildm.training import load_weights, read_safetensors
@@ -26,6 +26,8 @@ SD1_AUTOENCODER = AutoencoderConfig(
 # The name maps. Left a part of a key here, right the same part there; "#" is a number, which the right side takes up
 # in order. The rules are applied to a key from top to bottom.
 
+Part = UNet | AutoencoderKL | AutoencoderVQ
+Config = UNetConfig | AutoencoderConfig
 Rules = dict[str, str | Callable[..., str]]
 
 TRANSFORMER: Rules = {  # the same in diffusers and CompVis
@@ -35,6 +37,14 @@ TRANSFORMER: Rules = {  # the same in diffusers and CompVis
     "feed_forward.to_gate": "ff.net.0.proj",
     "feed_forward.to_out": "ff.net.2",
     "to_out": "to_out.0",
+}
+
+
+QUANTISER: Rules = {  # of both autoencoders, the same in diffusers and CompVis
+    "to_moments": "quant_conv",
+    "to_codes": "quant_conv",
+    "quantiser.codebook": "quantize.embedding.weight",
+    "from_z": "post_quant_conv",
 }
 
 
@@ -84,7 +94,7 @@ def unet_to_compvis(config: UNetConfig) -> Rules:
 
 
 def autoencoder_to_diffusers(config: AutoencoderConfig) -> Rules:
-    """The names of diffusers' AutoencoderKL, by those of AutoencoderKL."""
+    """The names of diffusers' AutoencoderKL or VQModel, by those of AutoencoderKL or AutoencoderVQ."""
     n = config.res_blocks
     middle = ["resnets.0", "attentions.0", "resnets.1"] if config.attention else ["resnets.0", "resnets.1"]
     return {
@@ -95,13 +105,12 @@ def autoencoder_to_diffusers(config: AutoencoderConfig) -> Rules:
         "to_out": "to_out.0",
         "shortcut": "conv_shortcut",
         "norm_out": "conv_norm_out",
-        "to_moments": "quant_conv",
-        "from_z": "post_quant_conv",
+        **QUANTISER,
     }
 
 
 def autoencoder_to_compvis(config: AutoencoderConfig) -> Rules:
-    """The names of CompVis's AutoencoderKL, by those of AutoencoderKL; its decoder counts levels from the image."""
+    """The names of CompVis's AutoencoderKL or VQModel, by those here; its decoder counts levels from the image up."""
     n, top = config.res_blocks, len(config.multipliers) - 1
     middle = ["block_1", "attn_1", "block_2"] if config.attention else ["block_1", "block_2"]
     return {
@@ -113,8 +122,7 @@ def autoencoder_to_compvis(config: AutoencoderConfig) -> Rules:
         "to_v": "v",
         "to_out": "proj_out",
         "shortcut": "nin_shortcut",
-        "to_moments": "quant_conv",
-        "from_z": "post_quant_conv",
+        **QUANTISER,
     }
 
 
@@ -129,18 +137,22 @@ def translate(key: str, rules: Rules) -> str:
 
 def diffusers_names(model: nn.Module) -> dict[str, str]:
     """The names of a UNet's or an autoencoder's keys in diffusers, {name here: name there}."""
-    rules = unet_to_diffusers if isinstance(model, UNet) else autoencoder_to_diffusers
-    return {key: translate(key, rules(model.config)) for key in model.state_dict()}
+    rules = (unet_to_diffusers if isinstance(model, UNet) else autoencoder_to_diffusers)(model.config)
+    return {key: translate(key, rules) for key in _weights(model)}
 
 
 def compvis_names(model: nn.Module) -> dict[str, str]:
     """The names of a UNet's or an autoencoder's keys in a checkpoint of CompVis, {name here: name there}."""
-    rules = unet_to_compvis if isinstance(model, UNet) else autoencoder_to_compvis
-    prefix = _compvis_prefix(model.config)
-    return {key: prefix + translate(key, rules(model.config)) for key in model.state_dict()}
+    rules = (unet_to_compvis if isinstance(model, UNet) else autoencoder_to_compvis)(model.config)
+    return {key: _compvis_prefix(model.config) + translate(key, rules) for key in _weights(model)}
 
 
-def _compvis_prefix(config: UNetConfig | AutoencoderConfig) -> str:
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that decides the output: the state dict without the statistics that training keeps of the codes' use."""
+    return {k: v for k, v in model.state_dict().items() if k not in ("quantiser.counts", "quantiser.sums")}
+
+
+def _compvis_prefix(config: Config) -> str:
     return "model.diffusion_model." if isinstance(config, UNetConfig) else "first_stage_model."
 
 
@@ -168,6 +180,7 @@ UNET_AS_HERE = {
     "use_linear_projection": False,
 }
 AUTOENCODER_AS_HERE = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
+VQ_AS_HERE = {"act_fn": "silu", "norm_type": "group", "lookup_from_codebook": False}
 
 
 def unet_config_to_diffusers(config: UNetConfig, size: int | None = None) -> dict:
@@ -228,16 +241,19 @@ def unet_config_from_diffusers(values: dict) -> UNetConfig:
 
 
 def autoencoder_config_to_diffusers(config: AutoencoderConfig, size: int = 32) -> dict:
-    """The config.json of diffusers' AutoencoderKL, for images of `size` × `size`.
+    """The config.json of diffusers' AutoencoderKL or VQModel, for images of `size` × `size`.
 
     One scale for all channels is `scaling_factor`; otherwise each channel's statistics are `latents_mean` and
-    `latents_std`, as in the pipelines of Stable Diffusion XL.
+    `latents_std`, as in the pipelines of Stable Diffusion XL. (A VQModel ignores these two; minildm does not.)
     """
     levels = len(config.multipliers)
     alike = len(set(config.latent_scale)) == 1 and not any(config.latent_shift)
     each = bool(config.latent_scale) and not alike
-    return AUTOENCODER_AS_HERE | {
-        "_class_name": "AutoencoderKL",
+    if config.codes:
+        kind = VQ_AS_HERE | {"_class_name": "VQModel", "num_vq_embeddings": config.codes}
+    else:
+        kind = AUTOENCODER_AS_HERE | {"_class_name": "AutoencoderKL"}
+    return kind | {
         "sample_size": size,
         "in_channels": config.in_channels,
         "out_channels": config.in_channels,
@@ -255,12 +271,15 @@ def autoencoder_config_to_diffusers(config: AutoencoderConfig, size: int = 32) -
 
 
 def autoencoder_config_from_diffusers(values: dict) -> AutoencoderConfig:
-    """The AutoencoderConfig that a config.json of diffusers' AutoencoderKL means.
+    """The AutoencoderConfig that a config.json of diffusers' AutoencoderKL or VQModel means.
 
     Raises DataError for a setting that minildm's autoencoder does not have.
     """
-    _refuse_others(values, AUTOENCODER_AS_HERE | {"out_channels": values["in_channels"]})
     widths, channels = values["block_out_channels"], values["latent_channels"]
+    codes = values["num_vq_embeddings"] if values.get("_class_name") == "VQModel" else 0
+    if codes and values.get("vq_embed_dim", channels) not in (None, channels):
+        raise DataError(f"vq_embed_dim is {values['vq_embed_dim']}: minildm's codes have the latents' {channels}.")
+    _refuse_others(values, (VQ_AS_HERE if codes else AUTOENCODER_AS_HERE) | {"out_channels": values["in_channels"]})
     scale = values.get("scaling_factor", 0.18215)
     shift = values.get("latents_mean") or [values.get("shift_factor") or 0.0] * channels
     std = values.get("latents_std") or [1.0] * channels
@@ -272,6 +291,7 @@ def autoencoder_config_from_diffusers(values: dict) -> AutoencoderConfig:
         values["layers_per_block"],
         values.get("mid_block_add_attention", True),
         values["norm_num_groups"],
+        codes=codes,
         latent_shift=() if scale is None else tuple(shift),
         latent_scale=() if scale is None else tuple(scale / s for s in std),
     )
@@ -292,17 +312,17 @@ def _times(width: int, first: int) -> int:
 # Weights.
 
 
-def to_compvis(model: UNet | AutoencoderKL) -> dict[str, torch.Tensor]:
+def to_compvis(model: Part) -> dict[str, torch.Tensor]:
     """The weights under the names of a CompVis checkpoint, "model.diffusion_model.…" or "first_stage_model.…".
 
     The autoencoder's attention has 1×1 convolutions there, so its matrices become (C, C, 1, 1).
     """
     names = compvis_names(model)
-    weights = {names[k]: v for k, v in model.state_dict().items()}
+    weights = {names[k]: v for k, v in _weights(model).items()}
     return {k: v[..., None, None] if ".attn_1." in k and v.ndim == 2 else v for k, v in weights.items()}
 
 
-def from_compvis(weights: dict[str, torch.Tensor], config: UNetConfig | AutoencoderConfig) -> UNet | AutoencoderKL:
+def from_compvis(weights: dict[str, torch.Tensor], config: Config) -> Part:
     """The UNet or the autoencoder of a CompVis checkpoint's state dict; the config says which. Shares its tensors.
 
     Keys with another prefix belong to other parts of the checkpoint and are left alone.
@@ -316,10 +336,10 @@ def from_compvis(weights: dict[str, torch.Tensor], config: UNetConfig | Autoenco
     return model
 
 
-def _empty(config: UNetConfig | AutoencoderConfig) -> UNet | AutoencoderKL:
+def _empty(config: Config) -> Part:
     """A model without memory for weights."""
     with torch.device("meta"):
-        return UNet(config) if isinstance(config, UNetConfig) else AutoencoderKL(config)
+        return UNet(config) if isinstance(config, UNetConfig) else make_autoencoder(config)
 
 
 @dataclass
@@ -330,22 +350,28 @@ class _Renamed:
     names: dict[str, str]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {self.names[k]: v for k, v in self.model.state_dict().items()}
+        return {self.names[k]: v for k, v in _weights(self.model).items()}
 
     def load_state_dict(self, weights: dict[str, torch.Tensor]) -> None:
-        self.model.load_state_dict({ours: weights[theirs] for ours, theirs in self.names.items()}, assign=True)
+        own = {ours: weights[theirs] for ours, theirs in self.names.items()}
+        if (codebook := own.get("quantiser.codebook")) is not None:  # as if each code had just been used once
+            own |= {"quantiser.counts": codebook.new_ones(len(codebook)), "quantiser.sums": codebook.clone()}
+        self.model.load_state_dict(own, assign=True)
 
 
-def to_diffusers_weights(model: UNet | AutoencoderKL) -> dict[str, torch.Tensor]:
+def to_diffusers_weights(model: Part) -> dict[str, torch.Tensor]:
     """The weights under diffusers' names. Feed-forward layers narrower than diffusers' fixed 4·dim get zeros.
 
     A hidden unit whose weights are zero is silent: the output stays the same, and training leaves it at zero.
+    Raises ValueError for wider ones.
     """
     names = diffusers_names(model)
-    weights = {names[k]: v for k, v in model.state_dict().items()}
-    if isinstance(model, UNet) and model.config.ff_multiplier != 4:
-        weights = {k: resize_feed_forward(k, v, 4 / model.config.ff_multiplier) for k, v in weights.items()}
-    return weights
+    weights = {names[k]: v for k, v in _weights(model).items()}
+    if not isinstance(model, UNet) or model.config.ff_multiplier == 4:
+        return weights
+    if model.config.ff_multiplier > 4:
+        raise ValueError(f"diffusers has no feed-forward layers wider than 4·dim, so {model.config} stays here.")
+    return {k: resize_feed_forward(k, v, 4 / model.config.ff_multiplier) for k, v in weights.items()}
 
 
 def resize_feed_forward(key: str, weight: torch.Tensor, factor: float) -> torch.Tensor:
@@ -362,13 +388,14 @@ def resize_feed_forward(key: str, weight: torch.Tensor, factor: float) -> torch.
     return weight
 
 
-def to_diffusers(model: UNet | AutoencoderKL | LatentDiffusion, folder: Path | str) -> None:
+def to_diffusers(model: Part | LatentDiffusion, folder: Path | str) -> None:
     """Write a model into a folder from which diffusers' `from_pretrained` loads it.
 
-    A UNet or an autoencoder: config.json and diffusion_pytorch_model.safetensors, for UNet2DConditionModel or
-    AutoencoderKL. A LatentDiffusion: these in unet/ and vae/, scheduler/ for DDIMScheduler, and text_encoder/, which
-    only minildm reads, because τ_θ and its words are no model that diffusers knows: run them here, and pass context and
-    mask as `encoder_hidden_states` and `encoder_attention_mask`. Raises ValueError for a UNet without cross-attention.
+    A UNet or an autoencoder: config.json and diffusion_pytorch_model.safetensors, for UNet2DConditionModel,
+    AutoencoderKL or VQModel. A LatentDiffusion: these in unet/ and vae/, scheduler/ for DDIMScheduler, and
+    text_encoder/, which only minildm reads, because τ_θ and its words are no model that diffusers knows: run them here,
+    and pass context and mask as `encoder_hidden_states` and `encoder_attention_mask`.
+    Raises ValueError for a UNet without cross-attention.
     """
     folder = Path(folder)
     if not isinstance(model, LatentDiffusion):
@@ -387,13 +414,14 @@ def to_diffusers(model: UNet | AutoencoderKL | LatentDiffusion, folder: Path | s
 
 
 def from_diffusers(
-    source: Path | str | dict[str, torch.Tensor], config: UNetConfig | AutoencoderConfig | None = None
-) -> UNet | AutoencoderKL | LatentDiffusion:
+    source: Path | str | dict[str, torch.Tensor], config: Config | None = None
+) -> Part | LatentDiffusion:
     """A model from a folder of diffusers, or from a state dict with diffusers' keys and the config to build.
 
-    The folder of a UNet2DConditionModel or an AutoencoderKL gives a UNet or an AutoencoderKL; one that `to_diffusers`
-    wrote for a LatentDiffusion gives that. (The whole folder of another pipeline holds a text encoder that minildm does
-    not have: give its unet or vae folder.) A state dict's tensors are shared, not copied.
+    The folder of a UNet2DConditionModel, an AutoencoderKL or a VQModel gives a UNet, an AutoencoderKL or an
+    AutoencoderVQ; one that `to_diffusers` wrote for a LatentDiffusion gives that. (The whole folder of another pipeline
+    holds a text encoder that minildm does not have: give its unet or vae folder.) A state dict's tensors are shared,
+    not copied.
     Raises DataError that names missing, extra or misshapen keys, and for a file or a setting that cannot be read.
     """
     if isinstance(source, dict):
@@ -404,10 +432,14 @@ def from_diffusers(
     if (folder / "unet").is_dir():
         return _pipe_from_diffusers(folder)
     values = _read_json(folder / "config.json")
-    readers = {"UNet2DConditionModel": unet_config_from_diffusers, "AutoencoderKL": autoencoder_config_from_diffusers}
+    readers = {
+        "UNet2DConditionModel": unet_config_from_diffusers,
+        "AutoencoderKL": autoencoder_config_from_diffusers,
+        "VQModel": autoencoder_config_from_diffusers,
+    }
     kind = values.get("_class_name")
     if kind not in readers:
-        raise DataError(f"{folder} holds a {kind}: minildm reads {' and '.join(readers)}.")
+        raise DataError(f"{folder} holds a {kind}: minildm reads {', '.join(readers)}.")
     try:
         config = readers[kind](values)
     except (KeyError, ValueError) as error:
@@ -419,15 +451,25 @@ def from_diffusers(
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in published autoencoders
 
 
-def _from_diffusers_weights(weights: dict[str, torch.Tensor], config: UNetConfig | AutoencoderConfig, origin):
+def _from_diffusers_weights(weights: dict[str, torch.Tensor], config: Config, origin):
     model = _empty(config)
     if isinstance(config, UNetConfig):
-        if config.ff_multiplier != 4:
-            weights = {k: resize_feed_forward(k, v, config.ff_multiplier / 4) for k, v in weights.items()}
+        weights = _narrowed(weights, config.ff_multiplier / 4, origin)
     else:
         weights = {translate(k, OLD_ATTENTION): v for k, v in weights.items()}
     load_weights(_Renamed(model, diffusers_names(model)), weights, origin)
     return model
+
+
+def _narrowed(weights: dict[str, torch.Tensor], factor: float, origin: Path | str) -> dict[str, torch.Tensor]:
+    """Take the zeros away that `to_diffusers_weights` put into feed-forward layers."""
+    if factor == 1:
+        return weights
+    narrow = {k: resize_feed_forward(k, v, factor) for k, v in weights.items()}
+    for key, weight in weights.items():
+        if narrow[key] is not weight and not torch.equal(resize_feed_forward(key, narrow[key], 1 / factor), weight):
+            raise DataError(f"{key} in {origin} has weights beyond a feed-forward layer of {4 * factor:g}·dim.")
+    return narrow
 
 
 def _pipe_from_diffusers(folder: Path) -> LatentDiffusion:
@@ -436,15 +478,13 @@ def _pipe_from_diffusers(folder: Path) -> LatentDiffusion:
         raise DataError(f"the text encoder in {folder} is not minildm's: give its folder unet or vae alone.")
     unet, autoencoder = from_diffusers(folder / "unet"), from_diffusers(folder / "vae")
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
-    config = LDMConfig(
-        autoencoder.config,
-        unet.config,
-        tuple(text["words"]),
-        text["text_depth"],
-        **scheduler_from_diffusers(scheduler),
-        image_size=_read_json(folder / "vae" / "config.json")["sample_size"],
-    )
-    model = LatentDiffusion(config)
+    size = _read_json(folder / "vae" / "config.json")["sample_size"]
+    try:
+        schedule = scheduler_from_diffusers(scheduler)
+    except KeyError as error:
+        raise DataError(f"the scheduler in {folder} has no counterpart in minildm: {error}.") from None
+    words, depth = tuple(text["words"]), text["text_depth"]
+    model = LatentDiffusion(LDMConfig(autoencoder.config, unet.config, words, depth, **schedule, image_size=size))
     path = folder / "text_encoder" / "model.safetensors"
     load_weights(model.second_stage.text_encoder, read_safetensors(path)[0], path)
     model.autoencoder, model.second_stage.unet = autoencoder, unet

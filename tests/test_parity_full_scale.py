@@ -161,11 +161,11 @@ def test_the_full_autoencoder_agrees_at_64_by_64():
     model = from_diffusers(weights, SD1_AUTOENCODER)
     x = torch.rand(1, 3, 64, 64, generator=seeded(0)) * 2 - 1
     posterior, latents = model.encode(x), oracle.encode(x).latent_dist
-    torch.testing.assert_close(posterior.mean, latents.mean, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(posterior.std, latents.std, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(posterior.mean, latents.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(posterior.std, latents.std, rtol=1e-5, atol=1e-5)
     decoded, other = model.decode(latents.mean), oracle.decode(latents.mean).sample
     assert decoded.shape == x.shape and other.std() > 1e-2
-    torch.testing.assert_close(decoded, other, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decoded, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -180,4 +180,4 @@ def test_the_full_unet_agrees_on_a_16_by_16_latent():
     t = torch.tensor([421])
     out, other = model(x, t, context), oracle(x, t, context).sample
     assert out.shape == x.shape and other.std() > 1e-2
-    torch.testing.assert_close(out, other, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out, other, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -11,7 +12,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from safetensors.torch import save_file
 
 from minildm import interop
-from minildm.autoencoder import AutoencoderConfig, AutoencoderKL
+from minildm.autoencoder import AutoencoderConfig, AutoencoderKL, AutoencoderVQ, make_autoencoder
 from minildm.data import DataError, seeded
 from minildm.interop import from_compvis, from_diffusers, to_compvis, to_diffusers
 from minildm.pipeline import LatentDiffusion, LDMConfig
@@ -112,12 +113,19 @@ def test_the_random_configurations_reach_what_they_should():
 # outputs and gradients
 
 
+def kind_of(model: torch.nn.Module) -> type:
+    """The class of diffusers that a model corresponds to."""
+    if isinstance(model, UNet):
+        return UNet2DConditionModel
+    return diffusers.VQModel if isinstance(model, AutoencoderVQ) else diffusers.AutoencoderKL
+
+
 def diffusers_twin(model: torch.nn.Module) -> torch.nn.Module:
     """The model of diffusers with the same configuration and weights; every key must be there, and no other."""
     weights = interop.to_diffusers_weights(model)
-    if isinstance(model, AutoencoderKL):
+    if not isinstance(model, UNet):
         values = interop.autoencoder_config_to_diffusers(model.config)
-        twin = diffusers.AutoencoderKL.from_config(values)
+        twin = kind_of(model).from_config(values)
     elif model.config.context_dim is not None:
         twin = UNet2DConditionModel.from_config(interop.unet_config_to_diffusers(model.config))
     else:
@@ -196,6 +204,29 @@ def test_autoencoders_agree(seed):
     )
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_vq_autoencoders_agree(seed):
+    config, x = autoencoder_case(seed, codes=(2, 7, 64)[seed % 3])
+    ours = filled(AutoencoderVQ(config), seed)
+    with torch.no_grad():  # codes where the latents are, so that many of them are used
+        z = ours.encode(x)
+        vectors = z.permute(0, 2, 3, 1).reshape(-1, config.latent_channels)
+        picks = torch.randint(len(vectors), (config.codes,), generator=seeded(seed))
+        ours.quantiser.codebook.copy_(vectors[picks] + 0.3 * torch.randn(*vectors[picks].shape, generator=seeded(1)))
+    theirs = diffusers_twin(ours)
+    quantised, other = ours.quantiser(z), theirs.quantize(theirs.encode(x).latents)
+    assert torch.equal(quantised.indices.flatten(), other[2][2])
+    torch.testing.assert_close(quantised.z, other[0], **CLOSE)
+    assert config.codes == 2 or quantised.indices.unique().numel() > 1
+    assert_same(
+        ours,
+        theirs,
+        lambda x: ours.decode(ours.encode(x)),
+        lambda x: theirs.decode(theirs.encode(x).latents).sample,
+        x,
+    )
+
+
 # names and files
 
 
@@ -205,15 +236,22 @@ def same_model(model: torch.nn.Module, twin: torch.nn.Module) -> bool:
     return model.config == twin.config and all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 
-@pytest.fixture(params=["unet", "autoencoder", "narrow unet", "sized heads"])
+@pytest.fixture(params=["unet", "autoencoder", "vq", "narrow unet", "sized heads"])
 def model(request):
     config = {
         "unet": UNetConfig(3, 2, 8, (1, 2), 2, (False, True), 2, 5, 2, groups=4),
         "narrow unet": UNetConfig(3, 3, 8, (1, 2), 1, (True, True), 2, 5, ff_multiplier=2, groups=4),
         "sized heads": UNetConfig(3, 3, 8, (1, 2, 3), 1, (True, False, True), context_dim=5, groups=4, head_size=4),
-        "autoencoder": AutoencoderConfig(3, 4, 8, (1, 2, 2), 2, True, 4, (1.0, 2, 3, 4), (0.5, 1, 2, 4)),
+        "autoencoder": AutoencoderConfig(
+            3, 4, 8, (1, 2, 2), 2, True, 4, latent_shift=(1.0, 2, 3, 4), latent_scale=(0.5, 1, 2, 4)
+        ),
+        "vq": AutoencoderConfig(3, 2, 8, (1, 2), 1, False, 4, 20, latent_shift=(0.0, 0.0), latent_scale=(0.5, 0.5)),
     }[request.param]
-    return filled(UNet(config) if isinstance(config, UNetConfig) else AutoencoderKL(config)).eval()
+    model = filled(UNet(config) if isinstance(config, UNetConfig) else make_autoencoder(config)).eval()
+    if request.param == "vq":
+        model.quantiser.counts.fill_(1)
+        model.quantiser.sums.copy_(model.quantiser.codebook)
+    return model
 
 
 def run(model: torch.nn.Module) -> torch.Tensor:
@@ -222,6 +260,9 @@ def run(model: torch.nn.Module) -> torch.Tensor:
     if isinstance(model, AutoencoderKL | diffusers.AutoencoderKL):
         q = model.encode(x)
         decoded = model.decode(getattr(q, "latent_dist", q).mean)
+    elif isinstance(model, AutoencoderVQ | diffusers.VQModel):
+        q = model.encode(x)
+        decoded = model.decode(getattr(q, "latents", q))
     else:
         decoded = model(x, torch.tensor([7, 800]), torch.randn(2, 6, 5, generator=seeded(5)).double())
     return getattr(decoded, "sample", decoded)
@@ -229,8 +270,7 @@ def run(model: torch.nn.Module) -> torch.Tensor:
 
 def test_a_saved_model_loads_in_diffusers_and_comes_back(model, tmp_path):
     to_diffusers(model, tmp_path / "model")
-    kind = UNet2DConditionModel if isinstance(model, UNet) else diffusers.AutoencoderKL
-    theirs = kind.from_pretrained(tmp_path / "model", torch_dtype=torch.float64)
+    theirs = kind_of(model).from_pretrained(tmp_path / "model", torch_dtype=torch.float64)
     torch.testing.assert_close(run(theirs), run(model), **CLOSE)
     assert same_model(from_diffusers(tmp_path / "model"), model)
     theirs.save_pretrained(tmp_path / "theirs")  # and so does what diffusers writes
@@ -253,7 +293,7 @@ def test_compvis_names_are_those_that_diffusers_converts(model):
         values = interop.autoencoder_config_to_diffusers(model.config)
         converted = convert_ldm_vae_checkpoint(dict(compvis), values)
     names = interop.diffusers_names(model)
-    expected = {names[k]: v for k, v in model.state_dict().items()}
+    expected = {theirs: model.state_dict()[ours] for ours, theirs in names.items()}
     assert converted.keys() == expected.keys()
     assert all(torch.equal(converted[k], v) for k, v in expected.items())
 
@@ -315,7 +355,10 @@ def test_wrong_keys_are_named(model, how, says, tmp_path):
         ({"attention_head_dim": [1, 8]}, "one number or one size of heads"),
         ({"block_out_channels": [8, 12]}, "a multiple of the first level's 8"),
         ({"norm_num_groups": 3}, "cannot be split into 3 groups"),
-        ({"_class_name": "UNet2DModel"}, "holds a UNet2DModel: minildm reads UNet2DConditionModel and AutoencoderKL"),
+        (
+            {"_class_name": "UNet2DModel"},
+            "holds a UNet2DModel: minildm reads UNet2DCond.*, AutoencoderKL, VQModel",
+        ),
         ({"cross_attention_dim": ...}, "describes no model of minildm: 'cross_attention_dim'"),
     ],
 )
@@ -330,6 +373,12 @@ def test_foreign_configurations_are_refused(change, says, tmp_path):
 def test_what_cannot_be_written_or_read_is_refused(tmp_path, tiny_model):
     with pytest.raises(ValueError, match="without cross-attention"):
         to_diffusers(UNet(UNetConfig(3, 3, 8, (1, 2), heads=2, groups=4)), tmp_path / "plain")
+    wide = UNet(UNetConfig(3, 3, 8, (1, 2), heads=2, context_dim=5, ff_multiplier=8, groups=4))
+    with pytest.raises(ValueError, match="no feed-forward layers wider than 4·dim"):
+        to_diffusers(wide, tmp_path / "wide")
+    usual = UNet(replace(wide.config, ff_multiplier=4))
+    with pytest.raises(DataError, match=r"ff.net.* in the state dict has weights beyond a feed-forward layer of 2·dim"):
+        from_diffusers(interop.to_diffusers_weights(usual), replace(wide.config, ff_multiplier=2))
     with pytest.raises(DataError, match="config.json is missing"):
         from_diffusers(tmp_path / "nothing")
     to_diffusers(tiny_model, tmp_path / "pipe")
@@ -337,6 +386,9 @@ def test_what_cannot_be_written_or_read_is_refused(tmp_path, tiny_model):
     with pytest.raises(DataError, match="config.json is damaged"):
         from_diffusers(tmp_path / "pipe")
     to_diffusers(tiny_model, tmp_path / "pipe")
+    (tmp_path / "pipe" / "scheduler" / "scheduler_config.json").write_text('{"beta_schedule": "sigmoid"}')
+    with pytest.raises(DataError, match="has no counterpart in minildm: 'sigmoid'"):
+        from_diffusers(tmp_path / "pipe")
     (tmp_path / "pipe" / "text_encoder" / "config.json").write_text('{"_class_name": "CLIPTextModel"}')
     with pytest.raises(DataError, match="the text encoder in .* is not minildm's"):
         from_diffusers(tmp_path / "pipe")
@@ -348,7 +400,7 @@ def test_what_cannot_be_written_or_read_is_refused(tmp_path, tiny_model):
 def test_a_whole_pipeline_comes_back_with_every_field_of_its_config(tmp_path):
     torch.manual_seed(0)
     config = LDMConfig(
-        AutoencoderConfig(3, 2, 4, (1, 2), 2, True, 2, (0.5, 1.0), (2.0, 0.25)),
+        AutoencoderConfig(3, 2, 4, (1, 2), 2, True, 2, latent_shift=(0.5, 1.0), latent_scale=(2.0, 0.25)),
         UNetConfig(2, 2, 8, (1, 2), 2, (True, False), 2, 8, 2, 2, 4),
         ("red", "blue"),
         1,
