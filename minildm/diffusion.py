@@ -124,16 +124,24 @@ def diffusion_loss(
 
 
 def ddpm_sample(
-    denoise: Callable, schedule: Schedule, x: torch.Tensor, timesteps: list[int], generator: torch.Generator
+    denoise: Callable,
+    schedule: Schedule,
+    x: torch.Tensor,
+    timesteps: list[int],
+    generator: torch.Generator,
+    large_variance: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Ancestral sampling (DDPM algorithm 2), starting from noise x (B, …) and yielding x after every step.
 
     `denoise(x, t)` gives the estimates (x0, eps); `timesteps` fall, for example range(999, -1, -1), and each step draws
-    from the posterior of the jump to the next one. The last result is clean.
+    from the posterior of the jump to the next one. The last result is clean. `large_variance` takes 1-α of the jump in
+    place of the posterior's variance, except in the last jump (the two choices of DDPM section 3.2).
     """
     for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
         x0, _ = denoise(x, t)
         mean, variance = schedule.posterior(x0, x, t, t_prev)
+        if large_variance and t_prev >= 0:
+            variance = 1 - schedule.at(t, x) / schedule.at(t_prev, x)
         noise = torch.randn(x.shape, generator=generator).to(x)
         x = mean + variance.sqrt() * noise
         yield x

@@ -107,7 +107,7 @@ class AutoencoderRecipe:
 
     config: AutoencoderConfig
     stage: Stage = field(default_factory=lambda: Stage(batch_size=32, lr=4e-3, ema_decay=0.99))
-    objective: Objective = Objective(perceptual=0.1, adversarial=0.1)
+    objective: Objective = Objective(perceptual=0.05, adversarial=0.05, start=0.7)
     seed: int = 0
 
 

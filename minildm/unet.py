@@ -120,9 +120,10 @@ class UNetConfig:
     """Shape of a UNet. Level i works on `channels · multipliers[i]` channels at 1/2^i of the size.
 
     `attention[i]` puts a transformer behind each residual block of level i; there is always one in the middle.
-    `heads` is the number of heads; `context_dim` the width of the tokens that cross-attention reads (None: no
-    cross-attention); `depth` the number of transformer blocks in each transformer; `ff_multiplier` the width of their
-    feed-forward layer; `groups` those of GroupNorm.
+    `heads` is the number of heads in every level, unless `head_size` fixes the width of a head in its place;
+    `context_dim` the width of the tokens that cross-attention reads (None: no cross-attention); `depth` the number of
+    transformer blocks in each transformer; `ff_multiplier` the width of their feed-forward layer; `groups` those of
+    GroupNorm. Raises ValueError when the channels of a level cannot be split like this.
     """
 
     in_channels: int = 4
@@ -136,13 +137,21 @@ class UNetConfig:
     depth: int = 1
     ff_multiplier: int = 4
     groups: int = 32
+    head_size: int | None = None
 
     def __post_init__(self):
         if len(self.attention) != len(self.multipliers):
             raise ValueError(f"attention {self.attention} must say yes or no for each of {self.multipliers}.")
+        part, heads = self.heads, f"{self.heads} heads"
+        if self.head_size is not None:
+            part, heads = self.head_size, f"heads of {self.head_size}"
         for width in {self.channels * m for m in self.multipliers}:
-            if width % self.groups or width % self.heads:
-                raise ValueError(f"{width} channels cannot be split into {self.groups} groups and {self.heads} heads.")
+            if width % self.groups or width % part:
+                raise ValueError(f"{width} channels cannot be split into {self.groups} groups and {heads}.")
+
+    def heads_of(self, width: int) -> int:
+        """The number of heads of a transformer on `width` channels."""
+        return self.heads if self.head_size is None else width // self.head_size
 
 
 class SpatialTransformer(nn.Module):
@@ -153,7 +162,7 @@ class SpatialTransformer(nn.Module):
         self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.blocks = nn.ModuleList(
-            TransformerBlock(channels, config.heads, config.context_dim, config.ff_multiplier)
+            TransformerBlock(channels, config.heads_of(channels), config.context_dim, config.ff_multiplier)
             for _ in range(config.depth)
         )
         self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))

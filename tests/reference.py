@@ -3,8 +3,16 @@
 import math
 from collections.abc import Iterator
 
+import numpy as np
+import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from diffusers.schedulers import (
+    scheduling_ddim,
+    scheduling_ddim_inverse,
+    scheduling_ddpm,
+    scheduling_dpmsolver_multistep,
+)
 
 from minildm.data import seeded
 from minildm.diffusion import Schedule, make_schedule
@@ -30,27 +38,29 @@ def noise_like_image(seed: int = 0) -> torch.Tensor:
     return torch.randn(2, 3, 4, 4, generator=seeded(seed)).double()
 
 
-def scheduler(kind: type, schedule: Schedule, target: str, order: list[int], **config):
-    """A scheduler of diffusers with the schedule's own float64 table, about to walk the time steps `order`."""
-    made = kind(num_train_timesteps=len(schedule), prediction_type=PREDICTION_TYPES[target], **config)
-    made.set_timesteps(len(order))
-    made.timesteps = torch.tensor(order)
-    made.alphas_cumprod = schedule.alpha_bar
-    made.betas, made.alphas = schedule.betas, 1 - schedule.betas
-    made.one = made.final_alpha_cumprod = made.initial_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
-    if kind is DPMSolverMultistepScheduler:
-        sigmas = ((1 - schedule.alpha_bar) / schedule.alpha_bar).sqrt()[order]
-        made.sigmas = torch.cat([sigmas, torch.zeros(1).double()])
-    return made
+class DoublePrecision:
+    """A module, torch or numpy, whose float32 is float64: where diffusers asks for the one, it gets the other."""
+
+    def __init__(self, module):
+        self.module, self.float32 = module, module.float64
+
+    def __getattr__(self, name: str):
+        return getattr(self.module, name)
 
 
-def trajectory(made, model, x: torch.Tensor, **options) -> list[torch.Tensor]:
-    """What a scheduler of diffusers makes of x, after every step."""
-    states = []
-    for t in made.timesteps:
-        x = made.step(model(x, t.expand(len(x))), t, x, **options).prev_sample
-        states.append(x)
-    return states
+@pytest.fixture
+def double(monkeypatch):
+    """diffusers' schedulers compute their tables and their steps in float64."""
+    for module in (scheduling_ddim, scheduling_ddim_inverse, scheduling_ddpm, scheduling_dpmsolver_multistep):
+        monkeypatch.setattr(module, "torch", DoublePrecision(torch))
+        monkeypatch.setattr(module, "np", DoublePrecision(np))
+
+
+def scheduler(kind: type, schedule: str, target: str = "eps", **config):
+    """A scheduler of diffusers, by our names of schedule and target, that does not clip."""
+    if kind is not DPMSolverMultistepScheduler:
+        config["clip_sample"] = False
+    return kind(beta_schedule=BETAS[schedule], prediction_type=PREDICTION_TYPES[target], **config)
 
 
 def last(states: Iterator[torch.Tensor]) -> torch.Tensor:
