@@ -270,9 +270,9 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, budget: Budget, resu
         data.x_train, stage.batch_size, objective, net, lambda: budget.progress(state.step, state.elapsed)
     )
     run_stage("autoencoder", state, loss_fn, budget, stage.lr, out / "checkpoint.safetensors", resume)
-    autoencoder = state.ema.model.autoencoder
+    autoencoder = state.ema.model.autoencoder.half().float()  # as it is stored, in 16 bits
     autoencoder.set_latent_statistics(encode_all(autoencoder, data.x_train))
-    save_weights(autoencoder, asdict(autoencoder.config), out)
+    save_weights(autoencoder.half(), asdict(autoencoder.config), out)
     return {"steps": state.step, "seconds": round(state.elapsed)}
 
 
