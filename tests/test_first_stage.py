@@ -515,13 +515,11 @@ def test_a_few_steps_of_each_recipe_lower_its_loss(name):
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 @pytest.mark.parametrize("factor", [1, 2, 4, 8])
-def test_the_sweep_s_autoencoders_have_their_factor_and_about_as_many_weights(factor, kind):
+def test_the_sweep_s_autoencoders_have_their_factor_and_as_many_latent_channels(factor, kind):
     config = recipes.first_stage_recipe(factor, kind).config
     autoencoder = make_autoencoder(config)
     assert config.factor == config.latent_channels == factor and bool(config.codes) == (kind == "vq")
     assert autoencoder.latent(torch.zeros(1, 1, 32, 32)).shape == (1, factor, 32 // factor, 32 // factor)
-    if factor > 1:
-        assert 300_000 < sum(p.numel() for p in autoencoder.parameters()) < 420_000
 
 
 @pytest.fixture
@@ -549,7 +547,7 @@ def test_a_first_stage_is_trained_stored_loaded_and_judged(tiny_first_stages, tm
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
     average, _ = read_safetensors(out / "checkpoint.safetensors")
     for key, value in autoencoder.state_dict().items():
-        assert torch.equal(value, average[f"ema.autoencoder.{key}"].half().float())
+        assert torch.equal(value, average[f"ema.autoencoder.{key}"])
     before = (out / "model.safetensors").read_bytes()
     assert main(["train", name, "--steps", "4", "--out", str(out), "--resume"]) == 0
     assert (out / "model.safetensors").read_bytes() == before
