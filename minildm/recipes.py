@@ -113,7 +113,7 @@ class AutoencoderRecipe:
 
 Recipe = TextRecipe | ClassifierRecipe | FeaturesRecipe | AutoencoderRecipe
 
-# Widths for each compression factor, in multiples of 8: chosen for about as many steps in the same time and not for equal
+# Widths for each compression factor, in multiples of 8: for about as many steps in the same time, and not for as many
 # parameters, since a layer at 32×32 costs four times as much as the same layer at 16×16.
 FIRST_STAGE_WIDTHS = {1: (2,), 2: (2, 4), 4: (1, 2, 4), 8: (1, 2, 4, 4)}
 CODES = 256
