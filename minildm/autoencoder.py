@@ -162,86 +162,6 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class Autoencoder(nn.Module):
-    """What both regularisations share: `latent` and `decode` work on raw latents, and `to_latents` and `from_latents`
-    on those of the second stage, shifted and scaled to mean 0 and deviation 1 in each channel.
-    """
-
-    def __init__(self, config: AutoencoderConfig):
-        super().__init__()
-        self.config = config
-
-    @property
-    def last_layer(self) -> torch.Tensor:
-        """The weights of the decoder's last convolution, (in_channels, channels, 3, 3)."""
-        return self.decoder.conv_out.weight
-
-    def latent(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_channels, H, W) in [-1, 1] → the raw latents (B, latent_channels, H/f, W/f) for diffusion."""
-        raise NotImplementedError
-
-    def standardise(self, z: torch.Tensor) -> torch.Tensor:
-        """Raw latents (B, latent_channels, h, w) → (z - shift) · scale: mean 0 and deviation 1 in each channel.
-
-        Raises ValueError before `set_latent_statistics` was called.
-        """
-        shift, scale = self._statistics(z)
-        return (z - shift) * scale
-
-    def to_latents(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_channels, H, W) in [-1, 1] → standardised latents (B, latent_channels, H/f, W/f)."""
-        return self.standardise(self.latent(x))
-
-    def from_latents(self, z: torch.Tensor) -> torch.Tensor:
-        """Standardised latents (B, latent_channels, h, w) → images (B, in_channels, f·h, f·w)."""
-        shift, scale = self._statistics(z)
-        return self.decode(z / scale + shift)
-
-    def set_latent_statistics(self, z: torch.Tensor) -> None:
-        """Measure each channel's mean and 1/deviation on raw latents (B, latent_channels, h, w); kept in the config."""
-        shift, scale = z.mean((0, 2, 3)), 1 / z.std((0, 2, 3))
-        self.config = replace(self.config, latent_shift=tuple(shift.tolist()), latent_scale=tuple(scale.tolist()))
-
-    def _statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.config.latent_scale:
-            raise ValueError("the latents have no scale yet: call set_latent_statistics on those of training images.")
-        values = (self.config.latent_shift, self.config.latent_scale)
-        return tuple(torch.tensor(v, device=like.device, dtype=like.dtype).view(-1, 1, 1) for v in values)
-
-    def _check(self, x: torch.Tensor) -> None:
-        f = self.config.factor
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % f or x.shape[3] % f:
-            wanted = f"(B, {self.config.in_channels}, H, W) with H and W divisible by {f}"
-            raise ValueError(f"images must be {wanted}, not {tuple(x.shape)}.")
-
-
-class AutoencoderKL(Autoencoder):
-    """The KL-regularised autoencoder (LDM section 3.1 and appendix G): `encode` gives the posterior."""
-
-    def __init__(self, config: AutoencoderConfig):
-        super().__init__(config)
-        self.encoder = Encoder(config, 2 * config.latent_channels)
-        self.to_moments = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.from_z = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
-        self.decoder = Decoder(config)
-
-    def encode(self, x: torch.Tensor) -> DiagonalGaussian:
-        """q(z | x) for images x (B, in_channels, H, W) in [-1, 1]; its mean is (B, latent_channels, H/f, W/f).
-
-        Raises ValueError when the number of channels is wrong or f does not divide the size.
-        """
-        self._check(x)
-        return DiagonalGaussian(self.to_moments(self.encoder(x)))
-
-    def latent(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_channels, H, W) in [-1, 1] → the posterior's mean (B, latent_channels, H/f, W/f)."""
-        return self.encode(x).mean
-
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Raw latents (B, latent_channels, h, w) → images (B, in_channels, f·h, f·w), about [-1, 1]."""
-        return self.decoder(self.from_z(z))
-
-
 class Quantised(NamedTuple):
     """What a quantiser makes of latents (B, C, h, w): `z` of the same shape, `indices` (B, h, w), and a scalar loss."""
 
@@ -325,6 +245,86 @@ def perplexity(indices: torch.Tensor, codes: int) -> torch.Tensor:
     """
     p = indices.flatten().bincount(minlength=codes) / indices.numel()
     return torch.special.entr(p).sum().exp()
+
+
+class Autoencoder(nn.Module):
+    """What both regularisations share: `latent` and `decode` work on raw latents, and `to_latents` and `from_latents`
+    on those of the second stage, shifted and scaled to mean 0 and deviation 1 in each channel.
+    """
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+
+    @property
+    def last_layer(self) -> torch.Tensor:
+        """The weights of the decoder's last convolution, (in_channels, channels, 3, 3)."""
+        return self.decoder.conv_out.weight
+
+    def latent(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_channels, H, W) in [-1, 1] → the raw latents (B, latent_channels, H/f, W/f) for diffusion."""
+        raise NotImplementedError
+
+    def standardise(self, z: torch.Tensor) -> torch.Tensor:
+        """Raw latents (B, latent_channels, h, w) → (z - shift) · scale: mean 0 and deviation 1 in each channel.
+
+        Raises ValueError before `set_latent_statistics` was called.
+        """
+        shift, scale = self._statistics(z)
+        return (z - shift) * scale
+
+    def to_latents(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_channels, H, W) in [-1, 1] → standardised latents (B, latent_channels, H/f, W/f)."""
+        return self.standardise(self.latent(x))
+
+    def from_latents(self, z: torch.Tensor) -> torch.Tensor:
+        """Standardised latents (B, latent_channels, h, w) → images (B, in_channels, f·h, f·w)."""
+        shift, scale = self._statistics(z)
+        return self.decode(z / scale + shift)
+
+    def set_latent_statistics(self, z: torch.Tensor) -> None:
+        """Measure each channel's mean and 1/deviation on raw latents (B, latent_channels, h, w); kept in the config."""
+        shift, scale = z.mean((0, 2, 3)), 1 / z.std((0, 2, 3))
+        self.config = replace(self.config, latent_shift=tuple(shift.tolist()), latent_scale=tuple(scale.tolist()))
+
+    def _statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.config.latent_scale:
+            raise ValueError("the latents have no scale yet: call set_latent_statistics on those of training images.")
+        values = (self.config.latent_shift, self.config.latent_scale)
+        return tuple(torch.tensor(v, device=like.device, dtype=like.dtype).view(-1, 1, 1) for v in values)
+
+    def _check(self, x: torch.Tensor) -> None:
+        f = self.config.factor
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % f or x.shape[3] % f:
+            wanted = f"(B, {self.config.in_channels}, H, W) with H and W divisible by {f}"
+            raise ValueError(f"images must be {wanted}, not {tuple(x.shape)}.")
+
+
+class AutoencoderKL(Autoencoder):
+    """The KL-regularised autoencoder (LDM section 3.1 and appendix G): `encode` gives the posterior."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__(config)
+        self.encoder = Encoder(config, 2 * config.latent_channels)
+        self.to_moments = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.from_z = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, x: torch.Tensor) -> DiagonalGaussian:
+        """q(z | x) for images x (B, in_channels, H, W) in [-1, 1]; its mean is (B, latent_channels, H/f, W/f).
+
+        Raises ValueError when the number of channels is wrong or f does not divide the size.
+        """
+        self._check(x)
+        return DiagonalGaussian(self.to_moments(self.encoder(x)))
+
+    def latent(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_channels, H, W) in [-1, 1] → the posterior's mean (B, latent_channels, H/f, W/f)."""
+        return self.encode(x).mean
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Raw latents (B, latent_channels, h, w) → images (B, in_channels, f·h, f·w), about [-1, 1]."""
+        return self.decoder(self.from_z(z))
 
 
 class AutoencoderVQ(Autoencoder):

@@ -35,27 +35,11 @@ def psnr(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(4 / mse.clamp(min=1e-12))
 
 
-def first_stage_loss_fn(
-    images: torch.Tensor, batch_size: int, kl_weight: float = 1e-6
-) -> Callable[[AutoencoderKL | AutoencoderVQ, torch.Generator], torch.Tensor]:
-    """The plain loss_fn for `train`, on uint8 images (N, C, H, W): reconstruction and regularisation only."""
-
-    def loss_fn(model: AutoencoderKL | AutoencoderVQ, generator: torch.Generator) -> torch.Tensor:
-        device = next(model.parameters()).device
-        x = to_float(images[batch_indices(len(images), batch_size, generator)]).to(device)
-        if isinstance(model, AutoencoderVQ):
-            return first_stage_terms(model, x, generator, Objective()).total()
-        posterior = model.encode(x)
-        return kl_autoencoder_loss(model.decode(posterior.sample(generator)), x, posterior, kl_weight)
-
-    return loss_fn
-
-
 def ssim(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Structural similarity of each image (B, C, H, W) in [-1, 1], (B,), at most 1 (Wang et al., 2004, eq. 13).
 
-    Means, variances and covariance are taken in Gaussian windows of 11×11 pixels with deviation 1.5 that lie within the
-    image. Raises ValueError for images smaller than a window.
+    Images are brought to [0, 1]. Means, variances and covariance are taken in Gaussian windows of 11×11 pixels with
+    deviation 1.5 that lie within the image. Raises ValueError for images smaller than a window.
     """
     if min(x.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs images of at least 11×11 pixels, not {x.shape[-2]}×{x.shape[-1]}.")
@@ -65,7 +49,8 @@ def ssim(x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     def local(v: torch.Tensor) -> torch.Tensor:  # means in the windows: (B, C, H-10, W-10)
         return F.conv2d(v.flatten(0, 1)[:, None], window[None, None]).unflatten(0, v.shape[:2])[:, :, 0]
 
-    a, b, c1, c2 = local(x_hat), local(x), (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    x_hat, x = (x_hat + 1) / 2, (x + 1) / 2
+    a, b, c1, c2 = local(x_hat), local(x), 0.01**2, 0.03**2
     var_a, var_b, cov = local(x_hat**2) - a**2, local(x**2) - b**2, local(x_hat * x) - a * b
     similarity = (2 * a * b + c1) * (2 * cov + c2) / ((a**2 + b**2 + c1) * (var_a + var_b + c2))
     return similarity.flatten(1).mean(1)
@@ -252,6 +237,22 @@ def first_stage_terms(
         adversarial, hinge = adversarial_terms(autoencoder, discriminator, x_hat, x, reconstruction + perceptual)
         adversarial = objective.adversarial * adversarial
     return Terms(reconstruction, perceptual, regularisation, adversarial, hinge)
+
+
+def first_stage_loss_fn(
+    images: torch.Tensor, batch_size: int, kl_weight: float = 1e-6
+) -> Callable[[AutoencoderKL | AutoencoderVQ, torch.Generator], torch.Tensor]:
+    """The plain loss_fn for `train`, on uint8 images (N, C, H, W): reconstruction and regularisation only."""
+
+    def loss_fn(model: AutoencoderKL | AutoencoderVQ, generator: torch.Generator) -> torch.Tensor:
+        device = next(model.parameters()).device
+        x = to_float(images[batch_indices(len(images), batch_size, generator)]).to(device)
+        if isinstance(model, AutoencoderVQ):
+            return first_stage_terms(model, x, generator, Objective()).total()
+        posterior = model.encode(x)
+        return kl_autoencoder_loss(model.decode(posterior.sample(generator)), x, posterior, kl_weight)
+
+    return loss_fn
 
 
 def objective_loss_fn(

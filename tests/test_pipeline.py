@@ -339,7 +339,7 @@ def test_an_unknown_recipe_lists_the_recipes():
 # the shipped weights
 
 
-@pytest.mark.parametrize("name", ["mnist-text", "mnist-classifier"])
+@pytest.mark.parametrize("name", ["mnist-text", "mnist-classifier", "mnist-features", "mnist-kl-f4", "mnist-vq-f4"])
 def test_shipped_weights_have_a_card_that_says_how_they_were_made(name):
     folder = weights_root() / name
     card, config = (json.loads((folder / file).read_text()) for file in ("card.json", "config.json"))
