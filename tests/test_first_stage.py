@@ -53,7 +53,7 @@ from minildm.training import (
 
 KL = AutoencoderConfig(channels=4, multipliers=(1, 1, 2), groups=2)
 VQ = replace(KL, codes=16)
-FULL = Objective(perceptual=0.5, adversarial=0.3, start=0.5)
+FULL = Objective(kl=0.01, perceptual=0.5, adversarial=0.3, start=0.5)
 
 
 def images(n: int = 8, size: int = 16) -> torch.Tensor:
@@ -396,7 +396,7 @@ def test_the_objective_term_by_term(config):
     else:
         posterior = autoencoder.encode(x)
         x_hat = autoencoder.decode(posterior.sample(generator))
-        regularisation = 1e-6 * posterior.kl().mean() / 256
+        regularisation = 0.01 * posterior.kl().mean() / 256
     reconstruction = (x_hat - x).abs().mean() + ((x_hat - x) ** 2).mean()
     perceptual = 0.5 * perceptual_distance(net, x_hat, x).mean()
     fooling = -discriminator(x_hat).mean()
@@ -408,6 +408,15 @@ def test_the_objective_term_by_term(config):
     for name, ours, theirs in zip(got._fields, got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7, msg=name)
     assert got.total().item() == pytest.approx(sum(t.item() for t in expected), rel=1e-4)
+
+
+def test_a_training_step_updates_the_codebook():
+    after, _ = terms(VQ)
+    before = built(VQ)
+    z = before.encode(images())
+    assert not torch.allclose(after.quantiser.codebook, before.quantiser.codebook)
+    before.quantiser.update(z, before.quantiser.nearest(z), seeded(3))
+    assert torch.equal(after.quantiser.codebook, before.quantiser.codebook)
 
 
 def test_each_side_of_the_game_moves_its_own_weights_only():
