@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from minildm.conditioning import Tokenizer, guided
+from minildm.conditioning import Tokenizer
 from minildm.data import StrokeWords, drop_words, load_mnist, pick_device, seeded, to_float, write_atomically
 from minildm.diffusion import diffusion_loss, make_schedule
 from minildm.metrics import frechet_distance, predict
@@ -68,23 +69,23 @@ def run_experiment(name: str, out: Path, work: Path, seconds: float, samples: in
     if not 8 <= samples <= 10_000:
         raise ValueError(f"measure on 8 to 10,000 samples, not {samples}.")
     settings = {"experiment": name, "seconds": seconds, "samples": samples, "seed": SEED}
-    if kept(work / "settings.json", lambda: settings) != settings:
+    if {key: kept(work / "settings.json", lambda: settings)[key] for key in settings} != settings:
         raise ValueError(f"{work} keeps parts of a run with other settings: give another folder with --work.")
-    start = time.monotonic()
     result = EXPERIMENTS[name](work, seconds, samples)
     about = settings | {
         "command": f"python -m minildm experiment {name} --seconds {seconds:g} --samples {samples}",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores, {pick_device()}",
         "torch": torch.__version__,
-        "wall_clock": round(time.monotonic() - start),
+        "wall_clock": sum(part["wall_clock"] for parts in result.values() for part in parts),
     }
     write_atomically(out, lambda file: file.write_text(json.dumps({"about": about, **result}, indent=1) + "\n"))
 
 
 def kept(path: Path, measure: Callable[[], dict]) -> dict:
-    """What the JSON file holds; if there is none yet, what `measure()` returns, which is then written to it."""
+    """What the JSON file holds; if there is none yet, what `measure()` returns and its seconds, written to it first."""
     if not path.exists():
-        result = measure()
+        start = time.monotonic()
+        result = measure() | {"wall_clock": round(time.monotonic() - start)}
         write_atomically(path, lambda file: file.write_text(json.dumps(result, indent=1)))
     return json.loads(path.read_text())
 
@@ -179,12 +180,12 @@ def train_with_snapshots(
 def draw(
     model: SecondStage, config: LDMConfig, prompts: list[str], shape: torch.Size, to_images: Callable, batch: int = 100
 ) -> torch.Tensor:
-    """One image (1, 32, 32) for each prompt, 20 DDIM steps with guidance 1.5: (N, 1, 32, 32) in [-1, 1] on the CPU."""
+    """One image (1, 32, 32) for each prompt, 20 DDIM steps without guidance: (N, 1, 32, 32) in [-1, 1] on the CPU."""
     schedule, tokenizer, device, images = make_schedule(config.schedule), Tokenizer(config.words), pick_device(), []
     for start in range(0, len(prompts), batch):
         part, generator = prompts[start : start + batch], seeded(start)
-        given, empty = ({"tokens": tokenizer.encode(p).to(device)} for p in (part, [""] * len(part)))
-        denoise = denoiser(guided(model, given, empty, 1.5), schedule, config.target)
+        tokens = tokenizer.encode(part).to(device)
+        denoise = denoiser(partial(model, tokens=tokens), schedule, config.target)
         z = torch.randn(len(part), *shape, generator=generator).to(device)
         for z in sample(denoise, schedule, z, timesteps(schedule, 20), generator):  # noqa: B007, B020
             pass
