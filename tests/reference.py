@@ -3,16 +3,8 @@
 import math
 from collections.abc import Iterator
 
-import numpy as np
-import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from diffusers.schedulers import (
-    scheduling_ddim,
-    scheduling_ddim_inverse,
-    scheduling_ddpm,
-    scheduling_dpmsolver_multistep,
-)
 
 from minildm.data import seeded
 from minildm.diffusion import Schedule, make_schedule
@@ -36,24 +28,6 @@ def dummy_model(seed: int = 0, channels: int = 3):
 def noise_like_image(seed: int = 0) -> torch.Tensor:
     """x_T (2, 3, 4, 4) in float64."""
     return torch.randn(2, 3, 4, 4, generator=seeded(seed)).double()
-
-
-class DoublePrecision:
-    """A module, torch or numpy, whose float32 is float64: where diffusers asks for the one, it gets the other."""
-
-    def __init__(self, module):
-        self.module, self.float32 = module, module.float64
-
-    def __getattr__(self, name: str):
-        return getattr(self.module, name)
-
-
-@pytest.fixture
-def double(monkeypatch):
-    """diffusers' schedulers compute their tables and their steps in float64."""
-    for module in (scheduling_ddim, scheduling_ddim_inverse, scheduling_ddpm, scheduling_dpmsolver_multistep):
-        monkeypatch.setattr(module, "torch", DoublePrecision(torch))
-        monkeypatch.setattr(module, "np", DoublePrecision(np))
 
 
 def scheduler(kind: type, schedule: str, target: str = "eps", **config):
