@@ -99,7 +99,7 @@ def test_the_posterior_is_bayes_rule_integrated_on_a_grid(schedule, t, t_prev, x
 mixtures = st.builds(
     lambda k, std, seed: GaussianMixture(1.5 * torch.randn(k, 2, generator=seeded(seed)).double(), std),
     st.integers(1, 5),
-    st.floats(0.2, 1.0),
+    st.floats(0.4, 1.0),
     any_seed,
 )
 
@@ -118,8 +118,8 @@ def test_ddim_with_the_ideal_denoiser_lands_on_the_mixture_s_moments(data, sched
     mean, covariance = data.means.mean(0), torch.cov(data.means.T, correction=0).view(2, 2)
     covariance = covariance + data.std**2 * torch.eye(2)
     size = covariance.trace().sqrt()
-    assert ((x.mean(0) - mean) / size).abs().max() < MEAN_BOUND
-    assert ((torch.cov(x.T) - covariance) / size**2).abs().max() < COV_BOUND
+    assert ((x.mean(0) - mean) / size).abs().max() < 0.02 + 1.5 / steps
+    assert ((torch.cov(x.T) - covariance) / size**2).abs().max() < 0.02 + 3 / steps
 
 
 @given(data=mixtures, schedule=any_schedule, steps=st.integers(20, 300), seed=any_seed)
@@ -128,7 +128,7 @@ def test_inversion_and_sampling_return_the_start_within_a_bound_that_shrinks(dat
     noise = last(ddim_invert(denoise, schedule, x0, order))
     back = last(ddim_sample(denoise, schedule, noise, order, seeded(0)))
     error = (back - x0).square().sum(1).mean().sqrt()
-    assert error < INVERSION_BOUND / steps
+    assert error < 5 / steps
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
