@@ -217,7 +217,7 @@ def test_vq_autoencoders_agree(seed):
     quantised, other = ours.quantiser(z), theirs.quantize(theirs.encode(x).latents)
     assert torch.equal(quantised.indices.flatten(), other[2][2])
     torch.testing.assert_close(quantised.z, other[0], **CLOSE)
-    assert config.codes == 2 or quantised.indices.unique().numel() > 1
+    assert config.codes == 2 or len(vectors) < 4 or quantised.indices.unique().numel() > 1
     assert_same(
         ours,
         theirs,
@@ -294,6 +294,9 @@ def test_compvis_names_are_those_that_diffusers_converts(model):
         converted = convert_ldm_vae_checkpoint(dict(compvis), values)
     names = interop.diffusers_names(model)
     expected = {theirs: model.state_dict()[ours] for ours, theirs in names.items()}
+    if "quantize.embedding.weight" in expected:  # which that function leaves out, and CompVis calls the same
+        assert torch.equal(compvis["first_stage_model.quantize.embedding.weight"], model.quantiser.codebook)
+        del expected["quantize.embedding.weight"]
     assert converted.keys() == expected.keys()
     assert all(torch.equal(converted[k], v) for k, v in expected.items())
 
