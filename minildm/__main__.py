@@ -54,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     experiment = commands.add_parser("experiment", help="one of the paper's experiments in miniature")
     experiment.add_argument("name", help="first-stage: what compression costs and what it buys")
-    experiment.add_argument("--seconds", type=positive, default=60, help="training of each first stage (default 60)")
-    experiment.add_argument("--samples", type=int, default=2000, help="test images to measure on")
+    experiment.add_argument("--seconds", type=positive, default=40, help="training of each first stage (default 40)")
+    experiment.add_argument("--samples", type=int, default=1600, help="test images to measure on")
     experiment.add_argument("--work", type=Path, help="folder for what is done so far (default runs/NAME)")
     experiment.add_argument("--out", type=Path, help="the JSON file to write (default data/results/NAME.json)")
 
