@@ -208,16 +208,16 @@ def test_autoencoders_agree(seed):
 def test_vq_autoencoders_agree(seed):
     config, x = autoencoder_case(seed, codes=(2, 7, 64)[seed % 3])
     ours = filled(AutoencoderVQ(config), seed)
-    with torch.no_grad():  # codes where the latents are, so that many of them are used
+    with torch.no_grad():  # a code beside every latent, so that many are used whatever the random weights are
         z = ours.encode(x)
         vectors = z.permute(0, 2, 3, 1).reshape(-1, config.latent_channels)
-        picks = torch.randint(len(vectors), (config.codes,), generator=seeded(seed))
-        ours.quantiser.codebook.copy_(vectors[picks] + 0.3 * torch.randn(*vectors[picks].shape, generator=seeded(1)))
+        codes = vectors[torch.arange(config.codes) % len(vectors)]
+        ours.quantiser.codebook.copy_(codes + 1e-3 * torch.randn(codes.shape, generator=seeded(1)))
     theirs = diffusers_twin(ours)
     quantised, other = ours.quantiser(z), theirs.quantize(theirs.encode(x).latents)
     assert torch.equal(quantised.indices.flatten(), other[2][2])
     torch.testing.assert_close(quantised.z, other[0], **CLOSE)
-    assert config.codes == 2 or len(vectors) < 4 or quantised.indices.unique().numel() > 1
+    assert len(vectors) == 1 or quantised.indices.unique().numel() > 1
     assert_same(
         ours,
         theirs,
