@@ -16,7 +16,7 @@ from torch import nn
 from minildm.conditioning import Tokenizer
 from minildm.data import StrokeWords, drop_words, load_mnist, pick_device, seeded, to_float, write_atomically
 from minildm.diffusion import diffusion_loss, make_schedule
-from minildm.metrics import frechet_distance, predict
+from minildm.judge import frechet_distance, predict
 from minildm.pipeline import LDMConfig, SecondStage, encode_all
 from minildm.recipes import (
     RECIPES,
