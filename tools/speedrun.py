@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from minildm import recipes
-from minildm.data import StrokeWords, drop_words, load_mnist, seeded
+from minildm.data import StrokeWords, drop_words, load_mnist, seeded, to_float
+from minildm.judge import frechet_distance, predict
 from minildm.pipeline import LatentDiffusion, encode_all
 from minildm.training import Budget, TrainState, batch_indices, train
 
@@ -102,12 +103,12 @@ def measure(name: str, seed: int, seconds: float, samples: int) -> str:
     second_stage.load_state_dict(state.ema.model.state_dict())
     second_stage.requires_grad_(False).eval()
     images = recipes.sample_many(model, prompts[:samples], guidance_scale=1.0, sampler="dpm++")
-    read, features = recipes.predict(judge, images)
-    _, real = recipes.predict(judge, recipes.to_float(data.x_test[:samples]))
+    read, features = predict(judge, images)
+    _, real = predict(judge, to_float(data.x_test[:samples]))
     accuracy = (read == data.y_test[:samples]).float().mean().item()
     return (
         f"| {name} | {seed} | {state.step} | {held_out_loss(model, held_out, prompts):.4f} "
-        f"| {accuracy:.1%} | {recipes.frechet_distance(features, real):.2f} |"
+        f"| {accuracy:.1%} | {frechet_distance(features, real):.2f} |"
     )
 
 
