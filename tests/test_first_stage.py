@@ -51,7 +51,7 @@ from minildm.training import (
     train,
 )
 
-KL = AutoencoderConfig(channels=4, multipliers=(1, 1, 2), groups=2)
+KL = tiny.CONFIG.autoencoder
 VQ = replace(KL, codes=16)
 FULL = Objective(kl=0.01, perceptual=0.5, adversarial=0.3, start=0.5)
 
