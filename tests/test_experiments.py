@@ -7,16 +7,17 @@ import pytest
 import tiny
 import torch
 
-from minildm import experiments, recipes
+from minildm import recipes
 from minildm.__main__ import main
 from minildm.data import to_float
+from minildm.experiments import EXPERIMENTS, common, first_stage
 
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Two factors on a part of MNIST; returns the arguments of a run that takes seconds."""
-    monkeypatch.setattr(experiments, "FACTORS", (1, 4))
-    for module in (experiments, recipes):
+    monkeypatch.setattr(first_stage, "FACTORS", (1, 4))
+    for module in (common, recipes):
         monkeypatch.setattr(module, "load_mnist", tiny.small_mnist)
     out, work = str(tmp_path / "result.json"), str(tmp_path / "work")
     return ["experiment", "first-stage", "--seconds", "0.5", "--samples", "40", "--out", out, "--work", work]
@@ -44,8 +45,8 @@ def test_the_first_stage_experiment_writes_every_figure_and_keeps_what_is_done(s
     def no_training(*args, **kwargs):
         raise AssertionError("a part that was done is done again")
 
-    for name in ("train_autoencoder", "train_with_snapshots"):
-        monkeypatch.setattr(experiments, name, no_training)
+    monkeypatch.setattr(first_stage, "train_autoencoder", no_training)
+    monkeypatch.setattr(common, "train_with_snapshots", no_training)
     assert main(small) == 0
     assert json.loads(Path(small[7]).read_text())["rows"] == result["rows"]
     small[3] = "2"
@@ -56,20 +57,25 @@ def test_the_first_stage_experiment_writes_every_figure_and_keeps_what_is_done(s
 
 def test_pixels_are_their_own_latents():
     images = tiny.small_mnist().x_train[:50]
-    latents, back = experiments.space(1, images, None)
+    latents, back = common.space(1, images, None)
     assert abs(latents.mean()) < 1e-5
     assert abs(latents.std() - 1) < 1e-5
     torch.testing.assert_close(back(latents), to_float(images))
 
 
-@pytest.mark.parametrize("factor", experiments.FACTORS)
+@pytest.mark.parametrize("factor", first_stage.FACTORS)
 def test_each_unet_ends_at_four_by_four(factor):
-    config = experiments.unet_config(factor, 3)
+    config = first_stage.unet_config(factor, 3)
     assert 32 // factor // 2 ** (len(config.multipliers) - 1) == 4
     assert config.attention[-1]
     assert not any(config.attention[:-1])
 
 
+def test_without_a_name_the_experiments_are_listed(capsys):
+    assert main(["experiment"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(EXPERIMENTS)
+
+
 def test_bad_arguments_are_refused(refused):
-    assert "choose one of first-stage" in refused("experiment", "last-stage")
+    assert f"choose one of {', '.join(EXPERIMENTS)}" in refused("experiment", "last-stage")
     assert "8 to 10,000" in refused("experiment", "first-stage", "--samples", 4)
