@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minildm.data import pick_device, write_atomically
-from minildm.experiments import first_stage
+from minildm.experiments import first_stage, peers
 from minildm.experiments.common import SEED, kept
 
 
@@ -44,6 +44,7 @@ class Experiment:
 
 EXPERIMENTS = {
     "first-stage": Experiment(first_stage.first_stage, seconds=40, samples=1600),
+    "peers": Experiment(peers.peers),
 }
 
 
