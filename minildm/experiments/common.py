@@ -14,7 +14,7 @@ from torch import nn
 from minildm.conditioning import Tokenizer
 from minildm.data import ImageData, StrokeWords, drop_words, load_mnist, pick_device, seeded, to_float, write_atomically
 from minildm.diffusion import diffusion_loss, make_schedule
-from minildm.metrics import DigitClassifier, frechet_distance, predict
+from minildm.judge import DigitClassifier, frechet_distance, predict
 from minildm.pipeline import LDMConfig, SecondStage, encode_all
 from minildm.recipes import RECIPES, load_autoencoder, load_judge
 from minildm.sampling import denoiser, sample, timesteps
