@@ -157,9 +157,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
         sampling = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
         figures = recipes.evaluate(model, judge, args.samples, **sampling)
     for name, value in figures.items():
-        print(f"{name:22} {value:10.4g}")
+        print(f"{name:28} {value:10.4g}")
     folder = Path(args.model) if Path(args.model).is_dir() else weights_root() / args.model
-    metrics = sampling | {k: round(v, 4) for k, v in figures.items()}
+    metrics = sampling | {k: round(v, 6) for k, v in figures.items()}
     path = args.out or folder / "metrics.json"
     write_atomically(path, lambda file: file.write_text(json.dumps(metrics, indent=1)))
     if args.out is None:

@@ -30,9 +30,9 @@ from minildm.data import (
     pick_device,
     sha256,
     to_float,
-    to_uint8,
     write_atomically,
 )
+from minildm.judge import DigitClassifier, classifier_loss, frechet_distance, predict
 from minildm.losses import (
     FeatureNet,
     FirstStage,
@@ -45,7 +45,7 @@ from minildm.losses import (
     psnr,
     ssim,
 )
-from minildm.metrics import DigitClassifier, classifier_loss, frechet_distance, predict
+from minildm.metrics import Reference, measure
 from minildm.pipeline import LatentDiffusion, LDMConfig, encode_all, read_model, second_stage_loss_fn
 from minildm.training import (
     Budget,
@@ -462,41 +462,26 @@ def _rate_figures(config: AutoencoderConfig, rates: torch.Tensor) -> dict[str, f
 def evaluate(model: LatentDiffusion, judge: DigitClassifier, n: int = 10_000, **sampling) -> dict[str, float]:
     """Figures of a text-to-image model on MNIST, from one image for each of the first n captions of the test set.
 
-    prompt_accuracy: the share that the judge reads as the digit of its caption. thickness_accuracy and
-    slant_accuracy: of the captions that name it, the share drawn in the named third. frechet_distance: in the judge's
-    features, between the samples and the first n test images; real_frechet_distance: between the first n training and
-    test images. psnr: of the test images through the autoencoder, in decibels.
-    `sampling` goes to `LatentDiffusion.sample`. Raises ValueError when n is not between 2 and 10,000.
+    Those of `metrics.measure` against the first n test images, real_frechet_distance_N between the first n training
+    and test images, and psnr, of the test images through the autoencoder, in decibels.
+    `sampling` goes to `LatentDiffusion.sample`. Raises ValueError when n is not between 20 and 10,000.
     """
-    if not 2 <= n <= 10_000:
-        raise ValueError(f"evaluate on 2 to 10,000 samples, not {n}.")
+    if not 20 <= n <= 10_000:
+        raise ValueError(f"evaluate on 20 to 10,000 samples, not {n}.")
     data = load_mnist()
     words = StrokeWords.measure(data.x_train, data.y_train)
-    x_test, y_test = to_float(data.x_test[:n]), data.y_test[:n]
-    captions = words.captions(data.x_test[:n], y_test)
-    images = sample_many(model, captions, **sampling)
-    read, features = predict(judge, images)
-    _, test_features = predict(judge, x_test)
+    real, labels = data.x_test[:n], data.y_test[:n]
+    images = sample_many(model, words.captions(real, labels), **sampling)
+    reference = Reference.of(real, data.x_train, words, judge)
     _, train_features = predict(judge, to_float(data.x_train[:n]))
+    x = to_float(real)
     with torch.no_grad():
-        x_hat = torch.cat([model.decode(model.encode(batch)).cpu() for batch in x_test.split(500)])
-    wanted = words.thirds(data.x_test[:n], y_test)
-    drawn = words.thirds(to_uint8(images), y_test)
+        x_hat = torch.cat([model.decode(model.encode(batch)).cpu() for batch in x.split(500)])
     return {
-        "samples": n,
-        "prompt_accuracy": (read == y_test).float().mean().item(),
-        "thickness_accuracy": _same_third(wanted[0], drawn[0]),
-        "slant_accuracy": _same_third(wanted[1], drawn[1]),
-        "frechet_distance": frechet_distance(features, test_features),
-        "real_frechet_distance": frechet_distance(train_features, test_features),
-        "psnr": psnr(x_hat, x_test).mean().item(),
+        **measure(images, labels, words.thirds(real, labels), reference),
+        f"real_frechet_distance_{n}": frechet_distance(train_features, reference.features),
+        "psnr": psnr(x_hat, x).mean().item(),
     }
-
-
-def _same_third(wanted: torch.Tensor, drawn: torch.Tensor) -> float:
-    """The share of images drawn in the third that was asked for, of those where the caption named one (0 or 2)."""
-    named = wanted != 1
-    return (wanted == drawn)[named].float().mean().item()
 
 
 def sample_many(model: LatentDiffusion, prompts: list[str], batch_size: int = 250, **sampling) -> torch.Tensor:

@@ -8,7 +8,7 @@ from hypothesis import settings
 from minildm import recipes
 from minildm.__main__ import main
 from minildm.data import import_torchvision, seeded
-from minildm.metrics import DigitClassifier
+from minildm.judge import DigitClassifier
 from minildm.pipeline import LatentDiffusion
 
 import_torchvision()  # before a test module imports diffusers, which imports torchvision without the repair

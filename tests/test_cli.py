@@ -90,7 +90,7 @@ def test_train_and_evaluate_write_a_model_and_its_figures(tiny_recipe, tmp_path,
     folder = Path("runs/tiny")
     assert main(["evaluate", str(folder), "--samples", "20", "--steps", "2", "--sampler", "dpm++"]) == 0
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics.keys() == tiny.FIGURES | {"steps", "guidance_scale", "sampler"}
+    assert metrics.keys() == tiny.figures(20) | {"steps", "guidance_scale", "sampler"}
     assert json.loads((folder / "card.json").read_text())["metrics"] == metrics
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(metrics)[3:]
     assert main(["evaluate", str(folder), "--samples", "20", "--steps", "2", "--out", "elsewhere.json"]) == 0
@@ -155,10 +155,10 @@ def test_the_place_that_cannot_be_written_is_named_as_it_was_given(tiny_folder, 
         (["train", "tiny", "--minutes", "0.0001", "--out", "short"], "minutes are too few"),
         (["evaluate", "none"], 'there is no model "none"'),
         (["evaluate", "mnist-classifier"], "does not describe a text-to-image model"),
-        (["evaluate", "mnist-text", "--samples", "1"], "evaluate on 2 to 10,000 samples"),
-        (["evaluate", "mnist-text", "--samples", "20000"], "evaluate on 2 to 10,000 samples"),
-        (["evaluate", "mnist-text", "--samples", "2", "--steps", "0"], "steps must be between 1 and 1000"),
-        (["evaluate", "mnist-text", "--samples", "2", "--sampler", "x"], "choose one of ddim"),
+        (["evaluate", "mnist-text", "--samples", "19"], "evaluate on 20 to 10,000 samples"),
+        (["evaluate", "mnist-text", "--samples", "20000"], "evaluate on 20 to 10,000 samples"),
+        (["evaluate", "mnist-text", "--samples", "20", "--steps", "0"], "steps must be between 1 and 1000"),
+        (["evaluate", "mnist-text", "--samples", "20", "--sampler", "x"], "choose one of ddim"),
         (["demo", "--out", "file/demo.png"], "cannot be opened or written"),
     ],
 )

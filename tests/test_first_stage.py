@@ -23,6 +23,7 @@ from minildm.autoencoder import (
     perplexity,
 )
 from minildm.data import DataError, seeded, to_float
+from minildm.judge import DigitClassifier
 from minildm.losses import (
     FeatureNet,
     FirstStage,
@@ -39,7 +40,6 @@ from minildm.losses import (
     psnr,
     ssim,
 )
-from minildm.metrics import DigitClassifier
 from minildm.pipeline import LatentDiffusion, encode_all, weights_root
 from minildm.training import (
     Budget,

@@ -13,8 +13,8 @@ from torch import nn
 
 from minildm.autoencoder import AutoencoderKL
 from minildm.data import DataError, seeded
+from minildm.judge import DigitClassifier, classifier_loss
 from minildm.losses import first_stage_loss_fn
-from minildm.metrics import DigitClassifier, classifier_loss
 from minildm.pipeline import LatentDiffusion, second_stage_loss_fn
 from minildm.training import (
     EMA,

@@ -21,15 +21,13 @@ CONFIG = LDMConfig(
     text_depth=1,
 )
 RECIPE = recipes.TextRecipe(CONFIG, first=recipes.Stage(8, 2e-3), second=recipes.Stage(8, 1e-3), first_share=0.4)
-FIGURES = {
-    "samples",
-    "prompt_accuracy",
-    "thickness_accuracy",
-    "slant_accuracy",
-    "frechet_distance",
-    "real_frechet_distance",
-    "psnr",
-}  # what `evaluate` returns
+
+
+def figures(n: int) -> set[str]:
+    """The names of what `evaluate` returns for n samples."""
+    names = {"samples", "prompt_accuracy", "thickness_accuracy", "slant_accuracy", "kid", "kid_error", "psnr"}
+    names |= {"precision", "recall", "nearest_distance", "memorised"}
+    return names | {f"frechet_distance_{n}", f"real_frechet_distance_{n}"}
 
 
 @cache
