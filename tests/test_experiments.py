@@ -11,9 +11,9 @@ import torch
 
 from minildm import experiments, recipes
 from minildm.__main__ import main
-from minildm.data import data_root, seeded, to_float
+from minildm.data import DIGIT_NAMES, data_root, seeded, to_float
 from minildm.diffusion import make_schedule
-from minildm.experiments import EXPERIMENTS, common, first_stage, guidance, reuse, scaling, steps
+from minildm.experiments import EXPERIMENTS, common, first_stage, guidance, pixel_latent, reuse, scaling, steps
 from minildm.pipeline import LatentDiffusion, SecondStage
 
 RESULTS = sorted((data_root() / "results").glob("*.json"))
@@ -24,12 +24,14 @@ REAL = {"frechet_distance", "kid", "kid_error", "precision", "recall", "wall_clo
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, tiny_folder):
-    """Runs an experiment on a part of MNIST with an untrained pipeline; returns the result or, if refused, None."""
+    """Runs an experiment on a part of MNIST, with an untrained pipeline and few steps; the result, None if refused."""
     for module in (common, recipes):
         monkeypatch.setattr(module, "load_mnist", tiny.small_mnist)
     for module in (guidance, steps, scaling):
         model = type("Tiny", (), {"from_pretrained": lambda name: LatentDiffusion.from_pretrained(tiny_folder)})
         monkeypatch.setattr(module, "LatentDiffusion", model)
+    for module in (first_stage, pixel_latent, scaling, reuse):
+        monkeypatch.setattr(module, "draw", partial(common.draw, steps=2))
     out = tmp_path / "result.json"
 
     def call(name: str, *options):
@@ -148,6 +150,7 @@ def test_pixel_latent(run, nothing_again):
         check_curve(row, 3)
         assert {"frechet", "accuracy", "real_frechet"} <= row.keys()
         rates = [n / s for n, s in zip(row["steps"], row["seconds"], strict=True)]
+        assert row["samples"] == 24
         assert row["steps_per_second"] == pytest.approx(rates, abs=1e-3)
         batch = recipes.RECIPES["mnist-text"].second.batch_size
         assert row["trained_per_second"] == pytest.approx([batch * rate for rate in rates], abs=1e-2)
@@ -176,12 +179,25 @@ def test_scaling(run, monkeypatch, nothing_again):
     assert run("scaling", "--seconds", 1, "--samples", 24) == result
 
 
-def test_reuse(run, nothing_again):
+def test_reuse(run, monkeypatch, nothing_again):
+    trained = []
+
+    def spy(config, latents, captions, *args, **kwargs):
+        trained.append((latents, captions))
+        return common.learning_curve(config, latents, captions, *args, **kwargs)
+
+    monkeypatch.setattr(reuse, "learning_curve", spy)
     result = run("reuse", "--seconds", 0.5, "--samples", 24)
     assert [row["name"] for row in result["rows"]] == list(reuse.STAGES)
     assert result["first_stage"].keys() == {"name", "train_seconds", "encode_seconds"}
     labels = tiny.small_mnist().y_train
     assert [row["images"] for row in result["rows"]] == [600, 600, 600, (labels % 2 == 0).sum().item()]
+    (z, nothing), (_, digits), (_, whole), (z_even, even) = trained
+    assert set(nothing) == {""}
+    assert digits == [DIGIT_NAMES[y] for y in labels.tolist()] == [caption.split()[-1] for caption in whole]
+    assert len(set(whole)) > 50
+    assert torch.equal(z_even, z[labels % 2 == 0])
+    assert even == [caption for caption, y in zip(whole, labels.tolist(), strict=True) if y % 2 == 0]
     for row in result["rows"]:
         assert (row["accuracy"] is None) == (row["name"] == "unconditional")
         assert {"frechet", "real_frechet", "steps", "seconds", "samples", "parameters"} <= row.keys()
@@ -222,6 +238,8 @@ def test_held_out_images_are_those_of_the_digits(monkeypatch):
     assert perfect["thickness_accuracy"] == perfect["slant_accuracy"] == 1
     assert perfect["accuracy"] > 0.9
     assert abs(perfect["frechet_distance"]) < 1e-3
+    assert common.quality(to_float(data.x_test[wanted]), test) == {"frechet": 0, "accuracy": perfect["accuracy"]}
+    assert common.quality(to_float(data.x_test[wanted]).flip(0), test)["accuracy"] < 0.8
     assert common.real_frechet(test) == pytest.approx(common.real_figures(test)["frechet_distance"], abs=1e-3)
 
 
