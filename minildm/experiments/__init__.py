@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minildm.data import pick_device, write_atomically
-from minildm.experiments import first_stage, peers
+from minildm.experiments import first_stage, guidance, peers, pixel_latent, reuse, scaling, steps
 from minildm.experiments.common import SEED, kept
 
 
@@ -37,13 +37,18 @@ class Experiment:
                 raise ValueError(f"the experiment {name} takes no {option}: leave --{option} out.")
             if default is not None:
                 chosen[option] = default if value is None else value
-        if not 8 <= chosen.get("samples", 8) <= 10_000:
-            raise ValueError(f"measure on 8 to 10,000 samples, not {chosen['samples']}.")
+        if not 20 <= chosen.get("samples", 20) <= 10_000:
+            raise ValueError(f"measure on 20 to 10,000 samples, not {chosen['samples']}.")
         return chosen
 
 
 EXPERIMENTS = {
     "first-stage": Experiment(first_stage.first_stage, seconds=40, samples=1600),
+    "guidance": Experiment(guidance.guidance, samples=2000),
+    "steps": Experiment(steps.steps, samples=1000),
+    "pixel-latent": Experiment(pixel_latent.pixel_latent, seconds=100, samples=400),
+    "scaling": Experiment(scaling.scaling, seconds=120, samples=400),
+    "reuse": Experiment(reuse.reuse, seconds=60, samples=400),
     "peers": Experiment(peers.peers),
 }
 

@@ -14,7 +14,8 @@ from torch import nn
 from minildm.conditioning import Tokenizer
 from minildm.data import ImageData, StrokeWords, drop_words, load_mnist, pick_device, seeded, to_float, write_atomically
 from minildm.diffusion import diffusion_loss, make_schedule
-from minildm.judge import DigitClassifier, frechet_distance, predict
+from minildm.judge import frechet_distance, predict
+from minildm.metrics import Reference, measure
 from minildm.pipeline import LDMConfig, SecondStage, encode_all
 from minildm.recipes import RECIPES, load_autoencoder, load_judge
 from minildm.sampling import denoiser, sample, timesteps
@@ -39,40 +40,66 @@ def captioned_mnist() -> tuple[ImageData, StrokeWords]:
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What n samples are asked for and measured against: n test images (n, 1, 32, 32) uint8, their captions and labels.
+class HeldOut:
+    """n test images: what samples are asked for, and what they are held against.
 
-    `features` (n, D) are the judge's of the test images, `real_features` (n, D) those of as many training images.
+    Their captions, labels (n,), thirds of thickness and slant, each (n,), and the reference made of them; and as many
+    training images `real` (n, 1, 32, 32) uint8, for comparison.
     """
 
-    judge: DigitClassifier
-    images: torch.Tensor
     prompts: list[str]
     labels: torch.Tensor
-    features: torch.Tensor
-    real_features: torch.Tensor
+    thirds: tuple[torch.Tensor, torch.Tensor]
+    reference: Reference
+    real: torch.Tensor
 
 
-def reference(samples: int, digits: tuple[int, ...] = tuple(range(10))) -> Reference:
-    """The first `samples` test images, of these digits only."""
+def held_out(samples: int, digits: tuple[int, ...] = tuple(range(10))) -> HeldOut:
+    """The first `samples` test images, of these digits only; fewer if there are fewer."""
     data, words = captioned_mnist()
-    judge, wanted = load_judge(), torch.tensor(digits)
-    test, real = (torch.isin(y, wanted).nonzero()[:samples, 0] for y in (data.y_test, data.y_train))
+    test, real = (torch.isin(y, torch.tensor(digits)).nonzero()[:, 0] for y in (data.y_test, data.y_train))
+    test, real = test[:samples], real[:samples]
     images, labels = data.x_test[test], data.y_test[test]
-    features, real_features = (predict(judge, to_float(x))[1] for x in (images, data.x_train[real]))
-    return Reference(judge, images, words.captions(images, labels), labels, features, real_features)
+    reference = Reference.of(images, data.x_train, words, load_judge())
+    return HeldOut(
+        words.captions(images, labels), labels, words.thirds(images, labels), reference, data.x_train[real[: len(test)]]
+    )
 
 
-def quality(images: torch.Tensor, test: Reference) -> dict[str, float]:
+def figures(images: torch.Tensor, test: HeldOut) -> dict[str, float]:
+    """What `metrics.measure` says of images (n, 1, 32, 32) in [-1, 1] drawn for the prompts, under shorter names."""
+    names = {"prompt_accuracy": "accuracy", f"frechet_distance_{len(images)}": "frechet_distance"}
+    measured = measure(images, test.labels, test.thirds, test.reference)
+    return {names.get(name, name): round(value, 4) for name, value in measured.items()}
+
+
+def drawn_figures(draw: Callable[[], torch.Tensor], test: HeldOut) -> dict[str, float]:
+    """The figures of the images that `draw()` returns, and the seconds that it took."""
+    start = time.monotonic()
+    images = draw()
+    seconds = time.monotonic() - start
+    row = figures(images, test) | {"seconds": round(seconds, 1)}
+    print("  " + ", ".join(f"{name} {value:g}" for name, value in row.items()), flush=True)
+    return row
+
+
+def real_figures(test: HeldOut) -> dict[str, float]:
+    """The distances of as many real training images to the test images: about what a perfect model would get."""
+    measured = figures(to_float(test.real), test)
+    return {name: measured[name] for name in ("frechet_distance", "kid", "kid_error", "precision", "recall")}
+
+
+def real_frechet(test: HeldOut) -> float:
+    """The Fréchet distance of as many real training images to the test images."""
+    _, features = predict(test.reference.judge, to_float(test.real))
+    return round(frechet_distance(features, test.reference.features), 3)
+
+
+def quality(images: torch.Tensor, test: HeldOut) -> dict[str, float]:
     """Of images (n, 1, 32, 32): their Fréchet distance to the test images, and the share read as asked for."""
-    read, features = predict(test.judge, images)
+    read, features = predict(test.reference.judge, images)
     accuracy = (read == test.labels).float().mean().item()
-    return {"frechet": round(frechet_distance(features, test.features), 3), "accuracy": round(accuracy, 4)}
-
-
-def real_quality(test: Reference) -> dict[str, float]:
-    """The Fréchet distance of as many real training images: what a perfect model would get."""
-    return {"frechet": round(frechet_distance(test.real_features, test.features), 3)}
+    return {"frechet": round(frechet_distance(features, test.reference.features), 3), "accuracy": round(accuracy, 4)}
 
 
 def space(

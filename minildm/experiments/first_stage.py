@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minildm.data import pick_device
-from minildm.experiments.common import captioned_mnist, draw, kept, learning_curve, quality, reference, space
+from minildm.experiments.common import captioned_mnist, draw, held_out, kept, learning_curve, quality, space
 from minildm.recipes import (
     RECIPES,
     evaluate_first_stage,
@@ -69,7 +69,7 @@ def unet_config(factor: int, channels: int) -> UNetConfig:
 
 def second_stage_curve(work: Path, factor: int, seconds: float, samples: int) -> dict:
     """Train a second stage in the space of one factor, and measure it after a quarter, a half and all of the time."""
-    (data, words), test = captioned_mnist(), reference(samples)
+    (data, words), test = captioned_mnist(), held_out(samples)
     print(f"second stage f = {factor}", flush=True)
     latents, to_images = space(factor, data.x_train, work / f"f{factor}-kl")
     config = replace(RECIPES["mnist-text"].config, unet=unet_config(factor, latents.shape[1]))
