@@ -101,7 +101,8 @@ def test_without_diffusers_one_sentence_says_what_to_install(monkeypatch, refuse
     assert 'pip install -e ".[test]"' in refused("experiment", "peers", "--work", tmp_path, "--out", tmp_path / "x")
 
 
-def test_minildm_was_not_slower():
+def test_minildm_was_not_slower_and_took_no_more_memory():
     rows = json.loads((data_root() / "results" / "peers.json").read_text())["rows"]
     assert {row["configuration"] for row in rows} == set(peers.SETTINGS)
     assert [f"{row['configuration']}: {row['part']}, {row['what']}" for row in rows if row["ratio_low"] > 1] == []
+    assert max(row["ours_mb"] / row["diffusers_mb"] for row in rows) < 1.01
