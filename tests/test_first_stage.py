@@ -602,6 +602,21 @@ def test_another_model_is_no_first_stage(tmp_path):
         recipes.load_features("mnist-classifier")
 
 
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda: LatentDiffusion.from_pretrained("mnist-text"),
+        lambda: recipes.load_autoencoder("mnist-vq-f4"),
+        recipes.load_features,
+        recipes.load_judge,
+    ],
+)
+def test_a_loaded_model_is_frozen(load):
+    model = load()
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_whole_tiny_run_on_a_codebook(tiny_recipe, monkeypatch, tmp_path):
     """Both stages of a text-to-image model whose latents are taken before quantisation."""
     recipe = replace(tiny.RECIPE, config=replace(tiny.CONFIG, autoencoder=VQ))
