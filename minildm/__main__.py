@@ -53,9 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, help="the file to write (default metrics.json in the model's folder)")
 
     experiment = commands.add_parser("experiment", help="one of the paper's experiments in miniature")
-    experiment.add_argument("name", help="first-stage: what compression costs and what it buys")
-    experiment.add_argument("--seconds", type=positive, default=40, help="training of each first stage (default 40)")
-    experiment.add_argument("--samples", type=int, default=1600, help="test images to measure on")
+    experiment.add_argument("name", nargs="?", help="which one; without a name, list them")
+    experiment.add_argument("--seconds", type=positive, help="length of each training, where there is one")
+    experiment.add_argument("--samples", type=int, help="images to measure on, where images are")
     experiment.add_argument("--work", type=Path, help="folder for what is done so far (default runs/NAME)")
     experiment.add_argument("--out", type=Path, help="the JSON file to write (default data/results/NAME.json)")
 
@@ -167,10 +167,14 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def run_experiment(args: argparse.Namespace) -> None:
-    """Measure one of the experiments; a second call goes on where the first one stopped."""
+    """Measure one of the experiments, or list them; a second call goes on where the first one stopped."""
     from minildm.data import data_root
-    from minildm.experiments import run_experiment
+    from minildm.experiments import EXPERIMENTS, run_experiment
 
+    if args.name is None:
+        for name, experiment in EXPERIMENTS.items():
+            print(f"{name:14} {experiment.run.__doc__.splitlines()[0]}")
+        return
     out = args.out or data_root() / "results" / f"{args.name.replace('-', '_')}.json"
     run_experiment(args.name, out, args.work or Path("runs") / args.name, args.seconds, args.samples)
     print(f"wrote {out}")

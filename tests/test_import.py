@@ -11,7 +11,7 @@ import pytest
 
 import minildm
 
-MODULES = sorted(module.name for module in pkgutil.iter_modules(minildm.__path__))
+MODULES = sorted(module.name for module in pkgutil.walk_packages(minildm.__path__, "minildm."))
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -43,7 +43,7 @@ def test_the_public_face():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_public_name_has_a_docstring(name):
-    module = importlib.import_module(f"minildm.{name}")
+    module = importlib.import_module(name)
     assert module.__doc__
     own = [
         (key, value)
