@@ -17,7 +17,7 @@ def read(path: str) -> dict:
 
 
 METRICS, CARD = read("weights/mnist-text/metrics.json"), read("weights/mnist-text/card.json")
-JUDGE, FIVE = read("weights/mnist-classifier/card.json"), read("results/five_minutes.json")
+JUDGE, FIVE = read("weights/mnist-classifier/card.json"), read("results/cards/mnist-text-5-minutes.json")
 
 ROWS = {  # the label of each row, and the name of the number before each unit in its cells
     "trained for": {"steps": "trained_steps", "min": "minutes"},
@@ -25,11 +25,15 @@ ROWS = {  # the label of each row, and the name of the number before each unit i
     "drawn as thick or thin as asked": {"%": "thickness_accuracy"},
     "drawn as slanted or upright as asked": {"%": "slant_accuracy"},
     "Fréchet distance in the judge's features, 10,000 against the 10,000 test images": {"": "frechet_distance_10000"},
+    "precision in the same features": {"": "precision"},
+    "recall": {"": "recall"},
+    "suspiciously close to one training image (1 % of unseen digits are)": {"%": "memorised"},
     "PSNR of the autoencoder on the test images": {"dB": "psnr"},
 }
 COLUMNS = {
     "shipped weights": METRICS | {"trained_steps": sum(CARD["steps"]), "minutes": sum(CARD["seconds"]) / 60},
-    "5 minutes": FIVE | {"minutes": FIVE.get("seconds", 0) / 60},
+    "5 minutes": FIVE["metrics"]
+    | {"trained_steps": sum(FIVE["steps"]), "minutes": float(FIVE["command"].partition("--minutes ")[2])},
     "real digits": {
         "prompt_accuracy": JUDGE["test_accuracy"],
         "frechet_distance_10000": METRICS["real_frechet_distance_10000"],
