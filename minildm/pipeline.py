@@ -20,6 +20,11 @@ from minildm.training import batch_indices, load_weights, read_safetensors
 from minildm.unet import UNet, UNetConfig
 
 
+def config_from_dict(kind: type, values: dict):
+    """The dataclass `kind` that `dataclasses.asdict` turned into `values`, by way of JSON: its tuples became lists."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
 @dataclass(frozen=True)
 class LDMConfig:
     """Everything that is needed to build a LatentDiffusion, apart from its weights.
@@ -46,10 +51,9 @@ class LDMConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "LDMConfig":
         """The config that `dataclasses.asdict` turned into `values`, by way of JSON."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        for name, part in (("autoencoder", AutoencoderConfig), ("unet", UNetConfig)):
-            values[name] = part(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()})
-        return cls(**values)
+        parts = {"autoencoder": AutoencoderConfig, "unet": UNetConfig}
+        parts = {name: config_from_dict(kind, values[name]) for name, kind in parts.items()}
+        return config_from_dict(cls, values | parts)
 
 
 def weights_root() -> Path:
@@ -75,6 +79,22 @@ def read_model(name: Path | str) -> tuple[dict, dict[str, torch.Tensor], Path]:
     if sha256(path) != config.pop("weights_sha256", None):
         raise DataError(f"{path} was altered (wrong checksum): restore it or train again.")
     return config, weights, path
+
+
+def load_model(name: Path | str, build: Callable[[dict], nn.Module], kind: str) -> nn.Module:
+    """The model that `build` makes of its config, by its shipped name or its folder: with its weights, and frozen.
+
+    Raises DataError as `read_model` does, and when the config or the weights are not those of `kind`.
+    """
+    config, weights, path = read_model(name)
+    try:
+        model = build(config)
+    except Exception as error:  # whatever an altered or foreign file makes of the constructors
+        raise DataError(
+            f"{path.with_name('config.json')} does not describe {kind} ({error!r}): restore it or give another model."
+        ) from None
+    load_weights(model, weights, path)
+    return model.requires_grad_(False).eval()
 
 
 class SecondStage(nn.Module):
@@ -193,16 +213,7 @@ class LatentDiffusion(nn.Module):
 
         Raises DataError when there is no such model or one of its files is missing, damaged or altered.
         """
-        config, weights, path = read_model(name)
-        try:
-            model = cls(LDMConfig.from_dict(config))
-        except Exception as error:  # whatever an altered or foreign file makes of the constructors
-            raise DataError(
-                f"{path.with_name('config.json')} does not describe a text-to-image model ({error!r}): "
-                "restore it or give another model."
-            ) from None
-        load_weights(model, weights, path)
-        return model
+        return load_model(name, lambda config: cls(LDMConfig.from_dict(config)), "a text-to-image model")
 
 
 @torch.no_grad()

@@ -46,12 +46,19 @@ from minildm.losses import (
     ssim,
 )
 from minildm.metrics import Reference, measure
-from minildm.pipeline import LatentDiffusion, LDMConfig, encode_all, read_model, second_stage_loss_fn
+from minildm.pipeline import (
+    LatentDiffusion,
+    LDMConfig,
+    config_from_dict,
+    encode_all,
+    load_model,
+    read_model,
+    second_stage_loss_fn,
+)
 from minildm.training import (
     Budget,
     TrainState,
     load_checkpoint,
-    load_weights,
     progress_line,
     read_safetensors,
     save_checkpoint,
@@ -369,18 +376,12 @@ def save_weights(model: nn.Module, config: dict, folder: Path) -> None:
 
 def load_judge(name: Path | str = "mnist-classifier") -> DigitClassifier:
     """The shipped digit classifier, or one from a folder, ready to judge. Raises DataError like `from_pretrained`."""
-    _, weights, path = read_model(name)
-    judge = DigitClassifier()
-    load_weights(judge, weights, path)
-    return judge.requires_grad_(False).eval()
+    return load_model(name, lambda config: DigitClassifier(), "a digit classifier")
 
 
 def load_features(name: Path | str = "mnist-features") -> FeatureNet:
     """The shipped network of the perceptual distance, or one from a folder. Raises DataError like `from_pretrained`."""
-    _, weights, path = read_model(name)
-    net = FeatureNet()
-    load_weights(net, weights, path)
-    return net.requires_grad_(False).eval()
+    return load_model(name, lambda config: FeatureNet(), "a network of features")
 
 
 def load_autoencoder(name: Path | str) -> AutoencoderKL | AutoencoderVQ:
@@ -388,17 +389,11 @@ def load_autoencoder(name: Path | str) -> AutoencoderKL | AutoencoderVQ:
 
     Raises DataError when there is none or one of its files is missing, damaged, altered or of another kind.
     """
-    config, weights, path = read_model(name)
-    try:
-        config = AutoencoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
-        autoencoder = make_autoencoder(config)
-    except Exception as error:  # whatever an altered or foreign file makes of the constructors
-        raise DataError(
-            f"{path.with_name('config.json')} does not describe a first stage ({error!r}): "
-            "restore it or give another model."
-        ) from None
-    load_weights(autoencoder, weights, path)
-    return autoencoder.requires_grad_(False).eval()
+
+    def build(config: dict) -> AutoencoderKL | AutoencoderVQ:
+        return make_autoencoder(config_from_dict(AutoencoderConfig, config))
+
+    return load_model(name, build, "a first stage")
 
 
 def is_first_stage(name: Path | str) -> bool:

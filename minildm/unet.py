@@ -251,7 +251,8 @@ class UNet(nn.Module):
             h = stage(h, emb, context, mask)
         for i, level in enumerate(self.up):
             for stage in level:
-                h = stage(torch.cat([h, skips.pop()], dim=1), emb, context, mask)
+                h = torch.cat([h, skips.pop()], dim=1)  # rebound, so that the former h is freed
+                h = stage(h, emb, context, mask)
             if i < len(self.upsample):
                 h = self.upsample[i](h)  # twice the size
         return self.conv_out(F.silu(self.norm_out(h)))

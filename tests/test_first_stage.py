@@ -51,7 +51,7 @@ from minildm.training import (
     train,
 )
 
-KL = AutoencoderConfig(channels=4, multipliers=(1, 1, 2), groups=2)
+KL = tiny.CONFIG.autoencoder
 VQ = replace(KL, codes=16)
 FULL = Objective(kl=0.01, perceptual=0.5, adversarial=0.3, start=0.5)
 
@@ -600,6 +600,21 @@ def test_another_model_is_no_first_stage(tmp_path):
         recipes.load_autoencoder("none")
     with pytest.raises(DataError, match="belongs to another model"):
         recipes.load_features("mnist-classifier")
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda: LatentDiffusion.from_pretrained("mnist-text"),
+        lambda: recipes.load_autoencoder("mnist-vq-f4"),
+        recipes.load_features,
+        recipes.load_judge,
+    ],
+)
+def test_a_loaded_model_is_frozen(load):
+    model = load()
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_whole_tiny_run_on_a_codebook(tiny_recipe, monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minildm.data import pick_device, write_atomically
-from minildm.experiments import first_stage, guidance, pixel_latent, reuse, scaling, steps
+from minildm.experiments import first_stage, guidance, peers, pixel_latent, reuse, scaling, steps
 from minildm.experiments.common import SEED, kept
 
 
@@ -49,6 +49,7 @@ EXPERIMENTS = {
     "pixel-latent": Experiment(pixel_latent.pixel_latent, seconds=100, samples=400),
     "scaling": Experiment(scaling.scaling, seconds=120, samples=400),
     "reuse": Experiment(reuse.reuse, seconds=60, samples=400),
+    "peers": Experiment(peers.peers),
 }
 
 

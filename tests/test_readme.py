@@ -1,0 +1,94 @@
+"""The numbers of the README are those of the JSON files that the commands wrote, at the precision printed."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def read(path: str) -> dict:
+    """A JSON file in data/, or nothing where the file is not there."""
+    file = ROOT / "data" / path
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+METRICS, CARD = read("weights/mnist-text/metrics.json"), read("weights/mnist-text/card.json")
+JUDGE, FIVE = read("weights/mnist-classifier/card.json"), read("results/five_minutes.json")
+
+ROWS = {  # the label of each row, and the name of the number before each unit in its cells
+    "trained for": {"steps": "trained_steps", "min": "minutes"},
+    "read as the digit asked for": {"%": "prompt_accuracy"},
+    "drawn as thick or thin as asked": {"%": "thickness_accuracy"},
+    "drawn as slanted or upright as asked": {"%": "slant_accuracy"},
+    "Fréchet distance in the judge's features, 10,000 against the 10,000 test images": {"": "frechet_distance_10000"},
+    "PSNR of the autoencoder on the test images": {"dB": "psnr"},
+}
+COLUMNS = {
+    "shipped weights": METRICS | {"trained_steps": sum(CARD["steps"]), "minutes": sum(CARD["seconds"]) / 60},
+    "5 minutes": FIVE | {"minutes": FIVE.get("seconds", 0) / 60},
+    "real digits": {
+        "prompt_accuracy": JUDGE["test_accuracy"],
+        "frechet_distance_10000": METRICS["real_frechet_distance_10000"],
+    },
+}
+
+
+def cells(corner: str = "") -> list[tuple[str, str, str]]:
+    """(label, column, cell) for each filled cell of the table under "Measured" whose first cell is `corner`."""
+    section = README.split("\n## Measured\n")[1].split("\n## ")[0]
+    for table in re.findall(r"(?:^\|.*\|\n)+", section, re.MULTILINE):
+        header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        if header[0] == corner:
+            pairs = [(row[0], column, cell) for row in rows for column, cell in zip(header[1:], row[1:], strict=True)]
+            return [pair for pair in pairs if pair[2]]
+    raise AssertionError(f'README has no table with "{corner}" in its corner.')
+
+
+def expected(label: str, column: str, cell: str) -> str:
+    """The cell with its numbers replaced by those measured, at the precision printed."""
+
+    def measured(found: re.Match) -> str:
+        number, unit = found.groups()
+        value = COLUMNS[column][ROWS[label][unit.strip()]] * (100 if unit == " %" else 1)
+        return f"{value:,.{len(number.partition('.')[2])}f}{unit}"
+
+    return re.sub(r"(\d[\d,]*(?:\.\d+)?)( %| dB| steps| min|)", measured, cell)
+
+
+@pytest.mark.parametrize(("label", "column", "cell"), cells())
+def test_each_number_in_the_table_was_measured(label, column, cell):
+    assert expected(label, column, cell) == cell
+
+
+def test_every_row_of_the_table_is_there():
+    assert [label for label, column, _ in cells() if column == "shipped weights"] == list(ROWS)
+
+
+def test_the_settings_and_the_judge_named_above_the_table_are_those_measured_with():
+    assert CARD["metrics"] == METRICS
+    assert METRICS["samples"] == 10_000
+    assert f"--sampler {METRICS['sampler']} --guidance-scale {METRICS['guidance_scale']:g}`" in README
+    assert f"{METRICS['steps']} steps of" in " ".join(README.split())
+    assert f"({100 * JUDGE['test_accuracy']:.1f} % on the test set)" in README
+
+
+@pytest.mark.parametrize("cell", sorted({cell for _, _, cell in cells()}))
+def test_an_altered_number_would_be_found(cell):
+    label, column, _ = next(found for found in cells() if found[2] == cell)
+    for position in [match.start() for match in re.finditer(r"\d", cell)]:
+        altered = cell[:position] + str((int(cell[position]) + 1) % 10) + cell[position + 1 :]
+        assert expected(label, column, altered) != altered
+
+
+def test_the_ratios_to_diffusers_are_those_measured():
+    measured = {}
+    for row in read("results/peers.json")["rows"]:
+        label = f"{row['part'].replace('unet', 'UNet')}, {row['what']}"
+        time = "{ratio:.2f} ({ratio_low:.2f}–{ratio_high:.2f})".format(**row)
+        measured[label, f"{row['configuration']}: time"] = time
+        measured[label, f"{row['configuration']}: memory"] = f"{row['ours_mb'] / row['diffusers_mb']:.2f}"
+    assert {(label, column): cell for label, column, cell in cells("minildm / diffusers")} == measured

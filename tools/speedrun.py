@@ -1,0 +1,131 @@
+"""One line of the speed-run's log: the second stage of mnist-text, with one thing changed, over three seeds.
+
+    python tools/speedrun.py NAME [NAME …] [--seconds 120] [--seeds 0 1 2] [--samples 1000]
+
+Trains on the latents of the shipped autoencoder, so that only the change differs, and prints a row for each seed:
+steps, held-out v-loss (the first 2,000 test images at 50 fixed steps), share read as asked and Fréchet distance in the
+judge's features of samples without guidance. The verdicts are kept in data/results/speedrun.md.
+"""
+
+import argparse
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from minildm import recipes
+from minildm.data import StrokeWords, drop_words, load_mnist, seeded, to_float
+from minildm.judge import frechet_distance, predict
+from minildm.pipeline import LatentDiffusion, encode_all
+from minildm.training import Budget, TrainState, batch_indices, train
+
+# What each name changes: fields of the recipe's second stage, of its UNet, of its config, and of the loss.
+CHANGES = {
+    "base": {},
+    "batch 64": {"stage": {"batch_size": 64}},
+    "batch 16": {"stage": {"batch_size": 16}},
+    "EMA 0.999": {"stage": {"ema_decay": 0.999}},
+    "rate 5e-3": {"stage": {"lr": 5e-3}},
+    "one text layer": {"config": {"text_depth": 1}},
+    "48 channels": {"unet": {"channels": 48}},
+    "24 channels": {"unet": {"channels": 24}},
+    "attention at 4x4 only in the middle": {"unet": {"attention": (False, False)}},
+    "min-SNR 5": {"loss": {"min_snr": 5.0}},
+    "more steps of middle noise": {"loss": {"spread": 1.0}},
+    "evenly spread steps": {"loss": {"even": True}},
+}
+
+
+def steps_of(n: int, total: int, generator: torch.Generator, spread: float | None = None, even: bool = False):
+    """Steps for n samples (n,): uniform; logit-normal with `spread`; or one from each of n equal parts (`even`)."""
+    if spread is not None:
+        u = torch.sigmoid(spread * torch.randn(n, generator=generator))
+    else:
+        u = torch.rand(n, generator=generator)
+    return (((torch.arange(n) + u) / n if even else u) * total).long().clamp(max=total - 1)
+
+
+def loss_function(model: LatentDiffusion, latents: torch.Tensor, captions: list[str], batch_size: int, **loss):
+    """The recipe's loss with another draw of the steps, or weighted by min(SNR, γ)/(SNR+1) (Hang et al., 2023)."""
+    min_snr = loss.pop("min_snr", None)
+
+    def loss_fn(second_stage, generator):
+        index = batch_indices(len(latents), batch_size, generator)
+        tokens = model.tokenizer.encode(drop_words([captions[i] for i in index.tolist()], generator))
+        z, t = latents[index], steps_of(batch_size, len(model.schedule), generator, **loss)
+        eps = torch.randn(z.shape, generator=generator)
+        prediction = second_stage(model.schedule.add_noise(z, t, eps), t, tokens=tokens)
+        error = (prediction - model.schedule.target("v", z, t, eps)).square().mean((1, 2, 3))
+        if min_snr is not None:
+            snr = model.schedule.alpha_bar[t] / (1 - model.schedule.alpha_bar[t])
+            error = error * (snr.clamp(max=min_snr) / (snr + 1)).to(error)
+        return error.mean()
+
+    return loss_fn
+
+
+@torch.no_grad()
+def held_out_loss(model: LatentDiffusion, latents: torch.Tensor, captions: list[str]) -> float:
+    """The v-loss on latents (N, C, h, w) at 50 steps spread over the schedule, with fixed noise."""
+    generator, t, losses = seeded(1), torch.arange(10, len(model.schedule), 20), []
+    for i in range(0, len(latents), len(t)):
+        z = latents[i : i + len(t)]
+        eps = torch.randn(z.shape, generator=generator)
+        xt, tokens = model.schedule.add_noise(z, t, eps), model.tokenizer.encode(captions[i : i + len(t)])
+        losses.append(F.mse_loss(model.second_stage(xt, t, tokens=tokens), model.schedule.target("v", z, t, eps)))
+    return torch.stack(losses).mean().item()
+
+
+def measure(name: str, seed: int, seconds: float, samples: int) -> str:
+    """Train with one change and one seed; a row of the log."""
+    change, recipe = CHANGES[name], recipes.find_recipe("mnist-text")
+    data, shipped, judge = load_mnist(), LatentDiffusion.from_pretrained("mnist-text"), recipes.load_judge()
+    words = StrokeWords.measure(data.x_train, data.y_train)
+    captions, prompts = (words.captions(x, y) for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)))
+    config = replace(
+        recipe.config,
+        autoencoder=shipped.autoencoder.config,
+        unet=replace(recipe.config.unet, **change.get("unet", {})),
+        **change.get("config", {}),
+    )
+    torch.manual_seed(seed)
+    model = LatentDiffusion(config).to(memory_format=torch.channels_last)
+    model.autoencoder.load_state_dict(shipped.autoencoder.state_dict())
+    latents, held_out = (
+        model.autoencoder.standardise(encode_all(model.autoencoder, x)) for x in (data.x_train, data.x_test[:2000])
+    )
+    stage = replace(recipe.second, **change.get("stage", {}))
+    second_stage = model.second_stage.requires_grad_(True)
+    state = TrainState.start(second_stage, stage.lr, seed, stage.weight_decay, stage.ema_decay)
+    loss_fn = loss_function(model, latents, captions, stage.batch_size, **change.get("loss", {}))
+    for _ in train(state, loss_fn, Budget(seconds=seconds), stage.lr):
+        pass
+    second_stage.load_state_dict(state.ema.model.state_dict())
+    second_stage.requires_grad_(False).eval()
+    images = recipes.sample_many(model, prompts[:samples], guidance_scale=1.0, sampler="dpm++")
+    read, features = predict(judge, images)
+    _, real = predict(judge, to_float(data.x_test[:samples]))
+    accuracy = (read == data.y_test[:samples]).float().mean().item()
+    return (
+        f"| {name} | {seed} | {state.step} | {held_out_loss(model, held_out, prompts):.4f} "
+        f"| {accuracy:.1%} | {frechet_distance(features, real):.2f} |"
+    )
+
+
+def main() -> None:
+    """Print a table of the chosen changes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", choices=list(CHANGES), metavar="NAME", help=", ".join(CHANGES))
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=1000)
+    args = parser.parse_args()
+    print(f"{args.seconds:g} s each, {torch.get_num_threads()} threads, {args.samples} samples")
+    print("| change | seed | steps | held-out v-loss | read as asked | Fréchet distance |\n|---|---|---|---|---|---|")
+    for seed in args.seeds:
+        for name in args.names:
+            print(measure(name, seed, args.seconds, args.samples), flush=True)
+
+
+if __name__ == "__main__":
+    main()
