@@ -33,7 +33,7 @@ STAGES: dict[str, tuple[tuple[int, ...], Callable[[str], str]]] = {  # its digit
 
 
 def reuse(work: Path, seconds: float, samples: int) -> dict:
-    """One first stage under several second stages (LDM section 3.1): the content of reuse.json.
+    """One first stage under several second stages (LDM section 3, advantage iii): the content of reuse.json.
 
     "first_stage": what it costs, once: the seconds of its training, from its card, and of encoding all training images.
     "rows": for each of STAGES, a second stage trained for `seconds` on the same latents, the quality of `samples`
