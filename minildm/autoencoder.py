@@ -14,10 +14,11 @@ from minildm.vae import DiagonalGaussian
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Shape of an autoencoder; the compression factor is f = 2^(len(multipliers) - 1).
+    """Shape of an autoencoder; the compression factor is f = patch · 2^(len(multipliers) - 1).
 
-    Level i works on `channels · multipliers[i]` channels at 1/2^i of the image's size, with `res_blocks` residual
-    blocks (one more in the decoder). `attention` puts self-attention in the middle. `codes` is the size of the
+    The image comes in and goes out as patches of `patch` · `patch` pixels, folded into channels; 1 leaves it as it is.
+    Level i works on `channels · multipliers[i]` channels at 1/2^i of that size, with `res_blocks` residual blocks (one
+    more in the decoder). `attention` puts self-attention in the middle. `codes` is the size of the
     codebook of an AutoencoderVQ, and 0 for an AutoencoderKL. `latent_shift` and `latent_scale` hold, for each latent
     channel, the mean and 1/deviation measured after training; empty means not measured yet.
 
@@ -32,11 +33,12 @@ class AutoencoderConfig:
     attention: bool = False
     groups: int = 8
     codes: int = 0
+    patch: int = 1
     latent_shift: tuple[float, ...] = ()
     latent_scale: tuple[float, ...] = ()
 
     def __post_init__(self):
-        for name in ("in_channels", "latent_channels", "channels", "res_blocks", "groups"):
+        for name in ("in_channels", "latent_channels", "channels", "res_blocks", "groups", "patch"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if not 1 <= len(self.multipliers) <= 4 or min(self.multipliers) < 1:
@@ -52,7 +54,7 @@ class AutoencoderConfig:
     @property
     def factor(self) -> int:
         """The compression factor f: an image (H, W) has latents (H/f, W/f)."""
-        return 2 ** (len(self.multipliers) - 1)
+        return self.patch * 2 ** (len(self.multipliers) - 1)
 
 
 class ResBlock(nn.Module):
@@ -122,7 +124,8 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig, out_channels: int):
         super().__init__()
         widths = [config.channels * m for m in config.multipliers]
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.patch = config.patch
+        self.conv_in = nn.Conv2d(config.in_channels * config.patch**2, widths[0], 3, padding=1)
         self.levels = nn.ModuleList()
         for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
             blocks = [ResBlock(before if j == 0 else width, width, config.groups) for j in range(config.res_blocks)]
@@ -133,7 +136,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch))
         for level in self.levels:
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(self.middle(h))))
@@ -145,6 +148,7 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths = [config.channels * m for m in reversed(config.multipliers)]
+        self.patch = config.patch
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.middle = _middle(widths[0], config)
         self.levels = nn.ModuleList()
@@ -153,13 +157,14 @@ class Decoder(nn.Module):
             last = i == len(widths) - 1
             self.levels.append(nn.Sequential(*blocks, *([] if last else [Upsample(width)])))
         self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], config.in_channels * config.patch**2, 3, padding=1)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         h = self.middle(self.conv_in(z))
         for level in self.levels:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        patches = self.conv_out(F.silu(self.norm_out(h)))
+        return rearrange(patches, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
 
 
 class Quantised(NamedTuple):

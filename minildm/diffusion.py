@@ -115,9 +115,11 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """Mean squared error of the prediction at a random step for each of x0 (B, …), a scalar (DDPM eq. 14, LDM eq. 2).
 
-    `model(xt, t, **conditioning)` predicts the target; steps and noise are drawn from the (CPU) generator.
+    `model(xt, t, **conditioning)` predicts the target; steps and noise are drawn from the (CPU) generator, one step
+    from each of B equal parts of the schedule, which makes the loss less noisy (Kingma et al., 2021, appendix I.1).
     """
-    t = torch.randint(len(schedule), (len(x0),), generator=generator)
+    places = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)  # one in each part of [0, 1]
+    t = (places * len(schedule)).long().clamp(max=len(schedule) - 1)
     eps = torch.randn(x0.shape, generator=generator).to(x0)
     prediction = model(schedule.add_noise(x0, t, eps), t.to(x0.device), **conditioning)
     return F.mse_loss(prediction, schedule.target(target, x0, t, eps))

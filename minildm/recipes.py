@@ -144,14 +144,14 @@ def first_stage_recipe(factor: int, kind: str) -> AutoencoderRecipe:
 RECIPES: dict[str, Recipe] = {
     "mnist-text": TextRecipe(
         config=LDMConfig(
-            autoencoder=AutoencoderConfig(latent_channels=3, channels=8, multipliers=(1, 2, 4), groups=4),
-            unet=UNetConfig(3, 3, channels=32, multipliers=(1, 2), ff_multiplier=2, context_dim=64, groups=8),
+            autoencoder=AutoencoderConfig(latent_channels=4, channels=16, multipliers=(1, 2, 2), groups=4, patch=2),
+            unet=UNetConfig(4, 4, 48, (1,), attention=(True,), ff_multiplier=2, context_dim=64, groups=8),
             schedule="cosine",
             target="v",
         ),
         first=Stage(batch_size=16, lr=4e-3, ema_decay=0.99),
-        second=Stage(batch_size=32, lr=2.5e-3, ema_decay=0.995),
-        first_share=0.1,
+        second=Stage(batch_size=64, lr=2.5e-3, ema_decay=0.995),
+        first_share=0.2,
         kl_weight=1e-2,
     ),
     "mnist-classifier": ClassifierRecipe(),
