@@ -165,8 +165,10 @@ def test_within_its_part_every_place_is_equally_likely(batch, steps):
     for i in range(batch):
         overlap = [max(0, min((t + 1) / steps, (i + 1) / batch) - max(t / steps, i / batch)) for t in range(steps)]
         expected, found = n * batch * np.array(overlap), drawn[:, i].bincount(minlength=steps).numpy()
-        assert (found[expected == 0] == 0).all()
-        assert scipy.stats.chisquare(found[expected > 0], expected[expected > 0]).pvalue > 1e-3
+        possible = expected > 1e-9
+        assert not found[~possible].any()
+        if possible.sum() > 1:
+            assert scipy.stats.chisquare(found[possible], expected[possible]).pvalue > 1e-3
 
 
 def test_a_draw_that_rounds_up_to_the_end_stays_in_the_schedule(monkeypatch):
