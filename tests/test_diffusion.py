@@ -171,6 +171,13 @@ def test_within_its_part_every_place_is_equally_likely(batch, steps):
             assert scipy.stats.chisquare(found[possible], expected[possible]).pvalue > 1e-3
 
 
+def test_the_places_in_two_parts_have_nothing_to_do_with_each_other():
+    generator = seeded(3)
+    first, *_, last_one = torch.stack([steps_of(4, 12, generator) for _ in range(4000)], 1) % 3  # each (4000,)
+    counts = (3 * first + last_one).bincount(minlength=9).view(3, 3)
+    assert scipy.stats.chi2_contingency(counts).pvalue > 1e-3
+
+
 def test_a_draw_that_rounds_up_to_the_end_stays_in_the_schedule(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 1 - 2**-24))  # the most torch.rand gives
     assert steps_of(64, 1000, seeded(0))[-1] == 999
