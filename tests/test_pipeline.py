@@ -393,6 +393,6 @@ def test_shipped_samples_are_read_as_asked(shipped, shipped_judge):
 def test_shipped_autoencoder_reconstructs_and_its_latents_are_standard(shipped, mnist):
     x = to_float(mnist.x_test[:500])
     z = shipped.encode(x)
-    assert recipes.psnr(shipped.decode(z), x).mean() > 28
+    assert recipes.psnr(shipped.decode(z), x).mean() > 26
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(z.shape[1]), rtol=0, atol=0.1)
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(z.shape[1]), rtol=0.1, atol=0)
