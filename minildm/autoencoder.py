@@ -16,11 +16,11 @@ from minildm.vae import DiagonalGaussian
 class AutoencoderConfig:
     """Shape of an autoencoder; the compression factor is f = patch · 2^(len(multipliers) - 1).
 
-    The image comes in and goes out as patches of `patch` · `patch` pixels, folded into channels; 1 leaves it as it is.
-    Level i works on `channels · multipliers[i]` channels at 1/2^i of that size, with `res_blocks` residual blocks (one
-    more in the decoder). `attention` puts self-attention in the middle. `codes` is the size of the
-    codebook of an AutoencoderVQ, and 0 for an AutoencoderKL. `latent_shift` and `latent_scale` hold, for each latent
-    channel, the mean and 1/deviation measured after training; empty means not measured yet.
+    Images enter and leave as patches of `patch` · `patch` pixels, folded into channels; 1 leaves them as they are.
+    Level i works on `channels · multipliers[i]` channels at 1/2^i of the size that patches leave, with `res_blocks`
+    residual blocks (one more in the decoder). `attention` puts self-attention in the middle. `codes` is the size of
+    the codebook of an AutoencoderVQ, and 0 for an AutoencoderKL. `latent_shift` and `latent_scale` hold, for each
+    latent channel, the mean and 1/deviation measured after training; empty means not measured yet.
 
     Raises ValueError for a shape that cannot be built.
     """
@@ -42,7 +42,7 @@ class AutoencoderConfig:
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if not 1 <= len(self.multipliers) <= 4 or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers must be 1 to 4 numbers of at least 1 (f = 1 to 8), not {self.multipliers}.")
+            raise ValueError(f"multipliers must be 1 to 4 numbers of at least 1, not {self.multipliers}.")
         if any(self.channels * m % self.groups for m in self.multipliers):
             widths = [self.channels * m for m in self.multipliers]
             raise ValueError(f"every width must be a multiple of groups = {self.groups}, which {widths} are not.")
@@ -136,7 +136,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch))
+        x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=self.patch, q=self.patch)  # (B, C·p², H/p, W/p)
+        h = self.conv_in(x)
         for level in self.levels:
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(self.middle(h))))
@@ -163,7 +164,7 @@ class Decoder(nn.Module):
         h = self.middle(self.conv_in(z))
         for level in self.levels:
             h = level(h)
-        patches = self.conv_out(F.silu(self.norm_out(h)))
+        patches = self.conv_out(F.silu(self.norm_out(h)))  # (B, C·p², H/p, W/p)
         return rearrange(patches, "b (c p q) h w -> b c (h p) (w q)", p=self.patch, q=self.patch)
 
 

@@ -115,8 +115,9 @@ def diffusion_loss(
 ) -> torch.Tensor:
     """Mean squared error of the prediction at a random step for each of x0 (B, …), a scalar (DDPM eq. 14, LDM eq. 2).
 
-    `model(xt, t, **conditioning)` predicts the target; steps and noise are drawn from the (CPU) generator, one step
-    from each of B equal parts of the schedule, which makes the loss less noisy (Kingma et al., 2021, appendix I.1).
+    `model(xt, t, **conditioning)` predicts the target; steps and noise are drawn from the (CPU) generator, for x0[i]
+    the step ⌊T (i + u) / B⌋ with u in [0, 1): one from each of B equal parts of the schedule, which makes the loss less
+    noisy (after Kingma et al., 2021, appendix I.1). So x0 must be in random order.
     """
     places = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)  # one in each part of [0, 1]
     t = (places * len(schedule)).long().clamp(max=len(schedule) - 1)

@@ -245,6 +245,10 @@ def autoencoder_config_to_diffusers(config: AutoencoderConfig, size: int = 32) -
 
     One scale for all channels is `scaling_factor`; otherwise each channel's statistics are `latents_mean` and
     `latents_std`, as in the pipelines of Stable Diffusion XL. (A VQModel ignores these two; minildm does not.)
+
+    diffusers' classes know no patches. For `patch` p > 1 the model is the one between the folds: it takes and gives
+    F.pixel_unshuffle(images, p), with in_channels · p² channels at size / p, and `patch` notes p, which diffusers
+    ignores.
     """
     levels = len(config.multipliers)
     alike = len(set(config.latent_scale)) == 1 and not any(config.latent_shift)
@@ -254,9 +258,9 @@ def autoencoder_config_to_diffusers(config: AutoencoderConfig, size: int = 32) -
     else:
         kind = AUTOENCODER_AS_HERE | {"_class_name": "AutoencoderKL"}
     return kind | {
-        "sample_size": size,
-        "in_channels": config.in_channels,
-        "out_channels": config.in_channels,
+        "sample_size": size // config.patch,
+        "in_channels": config.in_channels * config.patch**2,
+        "out_channels": config.in_channels * config.patch**2,
         "latent_channels": config.latent_channels,
         "block_out_channels": [config.channels * m for m in config.multipliers],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -267,15 +271,16 @@ def autoencoder_config_to_diffusers(config: AutoencoderConfig, size: int = 32) -
         "scaling_factor": config.latent_scale[0] if alike else 1.0 if each else None,
         "latents_mean": list(config.latent_shift) if each else None,
         "latents_std": [1 / scale for scale in config.latent_scale] if each else None,
+        **({"patch": config.patch} if config.patch > 1 else {}),  # a note that diffusers ignores
     }
 
 
 def autoencoder_config_from_diffusers(values: dict) -> AutoencoderConfig:
-    """The AutoencoderConfig that a config.json of diffusers' AutoencoderKL or VQModel means.
+    """The AutoencoderConfig that a config.json of diffusers' AutoencoderKL or VQModel means, with its note `patch`.
 
     Raises DataError for a setting that minildm's autoencoder does not have.
     """
-    widths, channels = values["block_out_channels"], values["latent_channels"]
+    widths, channels, patch = values["block_out_channels"], values["latent_channels"], values.get("patch", 1)
     codes = values["num_vq_embeddings"] if values.get("_class_name") == "VQModel" else 0
     if codes and values.get("vq_embed_dim", channels) not in (None, channels):
         raise DataError(f"vq_embed_dim is {values['vq_embed_dim']}: minildm's codes have the latents' {channels}.")
@@ -283,8 +288,10 @@ def autoencoder_config_from_diffusers(values: dict) -> AutoencoderConfig:
     scale = values.get("scaling_factor", 0.18215)
     shift = values.get("latents_mean") or [values.get("shift_factor") or 0.0] * channels
     std = values.get("latents_std") or [1.0] * channels
+    if patch < 1 or values["in_channels"] % patch**2:
+        raise DataError(f"patch is {patch}: in_channels = {values['in_channels']} must be a multiple of patch².")
     return AutoencoderConfig(
-        values["in_channels"],
+        values["in_channels"] // patch**2,
         channels,
         widths[0],
         tuple(_times(width, widths[0]) for width in widths),
@@ -292,6 +299,7 @@ def autoencoder_config_from_diffusers(values: dict) -> AutoencoderConfig:
         values.get("mid_block_add_attention", True),
         values["norm_num_groups"],
         codes=codes,
+        patch=patch,
         latent_shift=() if scale is None else tuple(shift),
         latent_scale=() if scale is None else tuple(scale / s for s in std),
     )
@@ -315,7 +323,8 @@ def _times(width: int, first: int) -> int:
 def to_compvis(model: Part) -> dict[str, torch.Tensor]:
     """The weights under the names of a CompVis checkpoint, "model.diffusion_model.…" or "first_stage_model.…".
 
-    The autoencoder's attention has 1×1 convolutions there, so its matrices become (C, C, 1, 1).
+    The autoencoder's attention has 1×1 convolutions there, so its matrices become (C, C, 1, 1). CompVis knows no
+    patches either: its class, with in_channels · patch² channels, takes and gives folded images.
     """
     names = compvis_names(model)
     weights = {names[k]: v for k, v in _weights(model).items()}
@@ -394,7 +403,8 @@ def to_diffusers(model: Part | LatentDiffusion, folder: Path | str) -> None:
     A UNet or an autoencoder: config.json and diffusion_pytorch_model.safetensors, for UNet2DConditionModel,
     AutoencoderKL or VQModel. A LatentDiffusion: these in unet/ and vae/, scheduler/ for DDIMScheduler, and
     text_encoder/, which only minildm reads, because τ_θ and its words are no model that diffusers knows: run them here,
-    and pass context and mask as `encoder_hidden_states` and `encoder_attention_mask`.
+    and pass context and mask as `encoder_hidden_states` and `encoder_attention_mask`. An autoencoder with patches
+    works on folded images there (see `autoencoder_config_to_diffusers`): unfold what it decodes with F.pixel_shuffle.
     Raises ValueError for a UNet without cross-attention.
     """
     folder = Path(folder)
@@ -478,7 +488,7 @@ def _pipe_from_diffusers(folder: Path) -> LatentDiffusion:
         raise DataError(f"the text encoder in {folder} is not minildm's: give its folder unet or vae alone.")
     unet, autoencoder = from_diffusers(folder / "unet"), from_diffusers(folder / "vae")
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
-    size = _read_json(folder / "vae" / "config.json")["sample_size"]
+    size = _read_json(folder / "vae" / "config.json")["sample_size"] * autoencoder.config.patch
     try:
         schedule = scheduler_from_diffusers(scheduler)
     except KeyError as error:

@@ -151,7 +151,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         first=Stage(batch_size=16, lr=4e-3, ema_decay=0.99),
         second=Stage(batch_size=64, lr=2.5e-3, ema_decay=0.995),
-        first_share=0.2,
+        first_share=0.25,
         kl_weight=1e-2,
     ),
     "mnist-classifier": ClassifierRecipe(),

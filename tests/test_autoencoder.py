@@ -1,6 +1,7 @@
 """Lesson 03: the autoencoder's parts by hand, the scale of its latents, and its losses."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minildm.autoencoder import AttentionBlock, AutoencoderConfig, AutoencoderKL, Downsample, ResBlock, Upsample
+from minildm.autoencoder import (
+    AttentionBlock,
+    AutoencoderConfig,
+    AutoencoderKL,
+    Downsample,
+    ResBlock,
+    Upsample,
+    make_autoencoder,
+)
 from minildm.data import seeded, to_float
 from minildm.losses import first_stage_loss_fn, kl_autoencoder_loss, psnr
 from minildm.training import batch_indices
@@ -32,14 +41,15 @@ def small_autoencoder(**changes) -> AutoencoderKL:
     multipliers=st.lists(st.integers(1, 3), min_size=1, max_size=4).map(tuple),
     res_blocks=st.integers(1, 2),
     attention=st.booleans(),
+    patch=st.integers(1, 3),
     size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
 )
 def test_latents_are_f_times_smaller_and_images_come_back_in_their_size(
-    in_channels, latent_channels, multipliers, res_blocks, attention, size
+    in_channels, latent_channels, multipliers, res_blocks, attention, patch, size
 ):
-    config = AutoencoderConfig(in_channels, latent_channels, 4, multipliers, res_blocks, attention, groups=2)
+    config = AutoencoderConfig(in_channels, latent_channels, 4, multipliers, res_blocks, attention, 2, patch=patch)
     autoencoder = AutoencoderKL(config)
-    assert config.factor == 2 ** (len(multipliers) - 1)
+    assert config.factor == patch * 2 ** (len(multipliers) - 1)
     x = torch.randn(2, in_channels, size[0] * config.factor, size[1] * config.factor)
     posterior = autoencoder.encode(x)
     assert posterior.mean.shape == posterior.std.shape == (2, latent_channels, *size)
@@ -56,6 +66,31 @@ def test_stable_diffusion_s_autoencoder_has_its_parameter_count():
 def test_images_that_do_not_fit_are_refused(shape):
     with pytest.raises(ValueError, match=r"\(B, 1, H, W\) with H and W divisible by 4"):
         small_autoencoder().encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 20, 16), (2, 1, 16, 12), (2, 4, 8, 8)])
+def test_images_that_do_not_fit_the_patches_are_refused(shape):
+    for codes in (0, 8):
+        autoencoder = make_autoencoder(replace(SMALL, patch=2, codes=codes))
+        with pytest.raises(ValueError, match=r"\(B, 1, H, W\) with H and W divisible by 8"):
+            autoencoder.encode(torch.zeros(shape))
+
+
+# patches
+
+
+@pytest.mark.parametrize("in_channels, patch", [(1, 2), (3, 2), (2, 3)])
+@pytest.mark.parametrize("codes", [0, 8])
+def test_patches_are_an_autoencoder_of_folded_images_between_two_folds(in_channels, patch, codes):
+    torch.manual_seed(0)
+    config = replace(SMALL, in_channels=in_channels, patch=patch, codes=codes)
+    patched = make_autoencoder(config).double().eval()
+    plain = make_autoencoder(replace(config, in_channels=in_channels * patch**2, patch=1)).double().eval()
+    plain.load_state_dict(patched.state_dict())
+    x = torch.randn(2, in_channels, 4 * patch, 8 * patch, generator=seeded(0)).double()
+    z = patched.latent(x)
+    torch.testing.assert_close(z, plain.latent(F.pixel_unshuffle(x, patch)))
+    torch.testing.assert_close(patched.decode(z), F.pixel_shuffle(plain.decode(z), patch))
 
 
 # the parts

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from hypothesis import given
@@ -132,16 +133,71 @@ def test_the_loss_of_the_exact_prediction_is_zero_and_of_nothing_the_target_s_po
     assert nothing.item() == pytest.approx(power[target], rel=0.06)
 
 
-def test_the_loss_visits_all_steps_evenly_and_passes_the_conditioning_on():
+def steps_of(batch: int, steps: int, generator: torch.Generator) -> torch.Tensor:
+    """The steps (batch,) that the loss draws from a schedule of `steps`."""
     seen = []
 
-    def model(xt, t, tokens):
-        assert tokens == "seven"
+    def model(xt, t):
         seen.append(t)
         return xt
 
-    diffusion_loss(model, make_schedule(steps=10), torch.zeros(20_000, 1), seeded(0), tokens="seven")
-    assert (seen[0].bincount(minlength=10) - 2000).abs().max() < 200
+    diffusion_loss(model, make_schedule(steps=steps), torch.zeros(batch, 1), generator)
+    return seen[0]
+
+
+@pytest.mark.parametrize("batch, steps", [(1, 1000), (8, 1000), (64, 1000), (125, 1000), (7, 10), (30, 10)])
+def test_the_loss_draws_one_step_in_each_part_of_the_schedule(batch, steps):
+    generator, i = seeded(0), torch.arange(batch)
+    for _ in range(20):
+        t = steps_of(batch, steps, generator)
+        assert t.dtype == torch.int64 and t.min() >= 0 and t.max() < steps
+        assert (t * batch < (i + 1) * steps).all() and ((t + 1) * batch > i * steps).all()  # [t, t+1) / T meets part i
+        if steps % batch == 0:
+            assert torch.equal(t * batch // steps, i)
+        if batch % steps == 0:
+            assert (t.bincount(minlength=steps) == batch // steps).all()
+
+
+@pytest.mark.parametrize("batch, steps", [(1, 10), (4, 12), (3, 10), (5, 4)])
+def test_within_its_part_every_place_is_equally_likely(batch, steps):
+    generator, n = seeded(1), 4000
+    drawn = torch.stack([steps_of(batch, steps, generator) for _ in range(n)])  # (n, batch)
+    for i in range(batch):
+        overlap = [max(0, min((t + 1) / steps, (i + 1) / batch) - max(t / steps, i / batch)) for t in range(steps)]
+        expected, found = n * batch * np.array(overlap), drawn[:, i].bincount(minlength=steps).numpy()
+        possible = expected > 1e-9
+        assert not found[~possible].any()
+        if possible.sum() > 1:
+            assert scipy.stats.chisquare(found[possible], expected[possible]).pvalue > 1e-3
+
+
+def test_the_places_in_two_parts_have_nothing_to_do_with_each_other():
+    generator = seeded(3)
+    first, *_, last_one = torch.stack([steps_of(4, 12, generator) for _ in range(4000)], 1) % 3  # each (4000,)
+    counts = (3 * first + last_one).bincount(minlength=9).view(3, 3)
+    assert scipy.stats.chi2_contingency(counts).pvalue > 1e-3
+
+
+def test_a_draw_that_rounds_up_to_the_end_stays_in_the_schedule(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 1 - 2**-24))  # the most torch.rand gives
+    assert steps_of(64, 1000, seeded(0))[-1] == 999
+
+
+def test_one_step_in_each_part_leaves_the_mean_of_the_loss_and_shrinks_its_spread():
+    schedule, generator = SCHEDULES["cosine"], seeded(2)
+    x0 = torch.full((16, 1, 16, 16), 0.5)
+    by_step = schedule.alpha_bar * 0.25 + (1 - (1 - schedule.alpha_bar).sqrt()) ** 2  # E (x_t - ε)² for a constant 0.5
+    found = torch.stack([diffusion_loss(lambda xt, t: xt, schedule, x0, generator) for _ in range(400)])
+    assert found.mean().item() == pytest.approx(by_step.mean().item(), abs=4 * found.std().item() / 20)
+    assert found.std().item() < 0.2 * by_step.std().item() / 4  # independent steps: std of the errors over √16
+
+
+def test_the_loss_passes_the_conditioning_on():
+    def model(xt, t, tokens):
+        assert tokens == "seven"
+        return xt
+
+    diffusion_loss(model, make_schedule(steps=10), torch.zeros(5, 1), seeded(0), tokens="seven")
 
 
 def test_the_loss_hides_the_image_under_the_noise_of_its_step():

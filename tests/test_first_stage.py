@@ -77,7 +77,7 @@ def feature_net() -> FeatureNet:
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"multipliers": ()}, r"f = 1 to 8\), not \(\)"),
+        ({"multipliers": ()}, r"multipliers must be 1 to 4 numbers of at least 1, not \(\)"),
         ({"multipliers": (1, 1, 1, 1, 1)}, "multipliers must be 1 to 4 numbers"),
         ({"multipliers": (1, 0)}, "multipliers must be 1 to 4 numbers of at least 1"),
         ({"channels": 12}, r"a multiple of groups = 8, which \[12, 24, 24\] are not"),
@@ -87,6 +87,8 @@ def feature_net() -> FeatureNet:
         ({"latent_channels": -1}, "latent_channels must be at least 1, not -1"),
         ({"res_blocks": 0}, "res_blocks must be at least 1, not 0"),
         ({"groups": 0}, "groups must be at least 1, not 0"),
+        ({"patch": 0}, "patch must be at least 1, not 0"),
+        ({"patch": -2}, "patch must be at least 1, not -2"),
         ({"channels": float("nan")}, "channels must be at least 1, not nan"),
         ({"codes": -1}, "codes must be 0 .KL. or at least 2, not -1"),
         ({"codes": 1}, "codes must be 0 .KL. or at least 2, not 1"),
@@ -105,6 +107,13 @@ def test_a_bad_autoencoder_is_refused_at_construction(changes, says):
 def test_an_image_size_that_f_does_not_divide_is_refused_at_construction(size):
     with pytest.raises(ValueError, match=f"image_size must be a multiple of the compression factor 4, not {size}."):
         replace(tiny.CONFIG, image_size=size)
+
+
+def test_patches_count_in_the_factor_that_the_image_size_must_have():
+    patched = replace(tiny.CONFIG, autoencoder=replace(KL, patch=2))
+    assert patched.image_size == 32 and patched.autoencoder.factor == 8
+    with pytest.raises(ValueError, match="image_size must be a multiple of the compression factor 8, not 36."):
+        replace(patched, image_size=36)
 
 
 @pytest.mark.parametrize(
@@ -543,6 +552,17 @@ def tiny_first_stages(tiny_recipe, monkeypatch):
 
 
 RATES = {"tiny-kl": {"nats_per_latent"}, "tiny-vq": {"bits_per_latent", "code_use", "perplexity"}}
+
+
+@pytest.mark.parametrize("codes", [0, 16])
+def test_a_first_stage_with_patches_comes_back_from_its_folder(tiny_first_stages, monkeypatch, tmp_path, codes):
+    recipe = recipes.AutoencoderRecipe(replace(KL, patch=2, codes=codes), recipes.Stage(8, 2e-3), FULL)
+    monkeypatch.setitem(recipes.RECIPES, "tiny-patches", recipe)
+    autoencoder = recipes.load_autoencoder(recipes.train_recipe("tiny-patches", tmp_path / "run", Budget(steps=3)))
+    assert replace(autoencoder.config, latent_shift=(), latent_scale=()) == recipe.config
+    z = autoencoder.to_latents(to_float(small_digits()))
+    assert z.shape[1:] == (4, 4, 4) and autoencoder.from_latents(z).shape[1:] == (1, 32, 32)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", RATES)

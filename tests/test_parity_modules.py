@@ -7,6 +7,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
 from safetensors.torch import save_file
@@ -179,12 +180,22 @@ def test_unets_agree(seed):
     )
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_autoencoders_agree(seed):
-    config, x = autoencoder_case(seed)
+def folded(x: torch.Tensor, config: AutoencoderConfig) -> torch.Tensor:
+    """Images (B, C, H, W) as diffusers' model wants them: patches in channels (B, C·p², H/p, W/p)."""
+    return F.pixel_unshuffle(x, config.patch)
+
+
+def unfolded(x: torch.Tensor, config: AutoencoderConfig) -> torch.Tensor:
+    """The way back."""
+    return F.pixel_shuffle(x, config.patch)
+
+
+@pytest.mark.parametrize("patch, seed", [(1, seed) for seed in SEEDS] + [(2, seed) for seed in range(4)] + [(3, 1)])
+def test_autoencoders_agree(patch, seed):
+    config, x = autoencoder_case(seed, patch=patch)
     ours = filled(AutoencoderKL(config), seed)
     theirs = diffusers_twin(ours)
-    posterior, other = ours.encode(x), theirs.encode(x).latent_dist
+    posterior, other = ours.encode(x), theirs.encode(folded(x, config)).latent_dist
     torch.testing.assert_close(posterior.mean, other.mean, **CLOSE)
     torch.testing.assert_close(posterior.std, other.std, **CLOSE)
 
@@ -199,14 +210,18 @@ def test_autoencoders_agree(seed):
         ours,
         theirs,
         through(ours.encode, ours.decode, lambda q: q.std),
-        through(lambda x: theirs.encode(x).latent_dist, lambda z: theirs.decode(z).sample, lambda q: q.std),
+        through(
+            lambda x: theirs.encode(folded(x, config)).latent_dist,
+            lambda z: unfolded(theirs.decode(z).sample, config),
+            lambda q: q.std,
+        ),
         x,
     )
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_vq_autoencoders_agree(seed):
-    config, x = autoencoder_case(seed, codes=(2, 7, 64)[seed % 3])
+@pytest.mark.parametrize("patch, seed", [(1, seed) for seed in SEEDS] + [(2, seed) for seed in range(4)])
+def test_vq_autoencoders_agree(patch, seed):
+    config, x = autoencoder_case(seed, codes=(2, 7, 64)[seed % 3], patch=patch)
     ours = filled(AutoencoderVQ(config), seed)
     with torch.no_grad():  # a code beside every latent, so that many are used whatever the random weights are
         z = ours.encode(x)
@@ -214,7 +229,7 @@ def test_vq_autoencoders_agree(seed):
         codes = vectors[torch.arange(config.codes) % len(vectors)]
         ours.quantiser.codebook.copy_(codes + 1e-3 * torch.randn(codes.shape, generator=seeded(1)))
     theirs = diffusers_twin(ours)
-    quantised, other = ours.quantiser(z), theirs.quantize(theirs.encode(x).latents)
+    quantised, other = ours.quantiser(z), theirs.quantize(theirs.encode(folded(x, config)).latents)
     assert torch.equal(quantised.indices.flatten(), other[2][2])
     torch.testing.assert_close(quantised.z, other[0], **CLOSE)
     assert len(vectors) == 1 or quantised.indices.unique().numel() > 1
@@ -222,7 +237,7 @@ def test_vq_autoencoders_agree(seed):
         ours,
         theirs,
         lambda x: ours.decode(ours.encode(x)),
-        lambda x: theirs.decode(theirs.encode(x).latents).sample,
+        lambda x: unfolded(theirs.decode(theirs.encode(folded(x, config)).latents).sample, config),
         x,
     )
 
@@ -236,19 +251,38 @@ def same_model(model: torch.nn.Module, twin: torch.nn.Module) -> bool:
     return model.config == twin.config and all(torch.equal(v, theirs[k]) for k, v in ours.items())
 
 
-@pytest.fixture(params=["unet", "autoencoder", "vq", "narrow unet", "sized heads"])
+PARTS = [
+    "unet",
+    "one level",
+    "attention above",
+    "narrow unet",
+    "sized heads",
+    "autoencoder",
+    "vq",
+    "patches",
+    "vq patches",
+]
+
+
+@pytest.fixture(params=PARTS)
 def model(request):
     config = {
         "unet": UNetConfig(3, 2, 8, (1, 2), 2, (False, True), 2, 5, 2, groups=4),
         "narrow unet": UNetConfig(3, 3, 8, (1, 2), 1, (True, True), 2, 5, ff_multiplier=2, groups=4),
+        "one level": UNetConfig(3, 3, 8, (1,), 1, (True,), 2, 5, ff_multiplier=2, groups=4),
+        "attention above": UNetConfig(3, 3, 8, (1, 1), 1, (True, False), 2, 5, groups=4),
         "sized heads": UNetConfig(3, 3, 8, (1, 2, 3), 1, (True, False, True), context_dim=5, groups=4, head_size=4),
         "autoencoder": AutoencoderConfig(
             3, 4, 8, (1, 2, 2), 2, True, 4, latent_shift=(1.0, 2, 3, 4), latent_scale=(0.5, 1, 2, 4)
         ),
         "vq": AutoencoderConfig(3, 2, 8, (1, 2), 1, False, 4, 20, latent_shift=(0.0, 0.0), latent_scale=(0.5, 0.5)),
+        "patches": AutoencoderConfig(
+            3, 2, 8, (1, 2), 2, True, 4, patch=2, latent_shift=(1.0, 2), latent_scale=(0.5, 1)
+        ),
+        "vq patches": AutoencoderConfig(3, 2, 8, (1, 2), 1, False, 4, 20, patch=2),
     }[request.param]
     model = filled(UNet(config) if isinstance(config, UNetConfig) else make_autoencoder(config)).eval()
-    if request.param == "vq":
+    if isinstance(model, AutoencoderVQ):
         model.quantiser.counts.fill_(1)
         model.quantiser.sums.copy_(model.quantiser.codebook)
     return model
@@ -256,7 +290,10 @@ def model(request):
 
 def run(model: torch.nn.Module) -> torch.Tensor:
     """An output of a model from either side."""
-    x = torch.randn(2, 3, 8, 8, generator=seeded(4)).double()
+    x, patch = torch.randn(2, 3, 8, 8, generator=seeded(4)).double(), 1
+    if isinstance(model, diffusers.AutoencoderKL | diffusers.VQModel):
+        patch = model.config.get("patch", 1)
+        x = F.pixel_unshuffle(x, patch)
     if isinstance(model, AutoencoderKL | diffusers.AutoencoderKL):
         q = model.encode(x)
         decoded = model.decode(getattr(q, "latent_dist", q).mean)
@@ -265,7 +302,7 @@ def run(model: torch.nn.Module) -> torch.Tensor:
         decoded = model.decode(getattr(q, "latents", q))
     else:
         decoded = model(x, torch.tensor([7, 800]), torch.randn(2, 6, 5, generator=seeded(5)).double())
-    return getattr(decoded, "sample", decoded)
+    return F.pixel_shuffle(getattr(decoded, "sample", decoded), patch)
 
 
 def test_a_saved_model_loads_in_diffusers_and_comes_back(model, tmp_path):
@@ -373,6 +410,26 @@ def test_foreign_configurations_are_refused(change, says, tmp_path):
         from_diffusers(tmp_path)
 
 
+@pytest.mark.parametrize("patch", [0, 3])
+def test_a_note_of_patches_that_do_not_fit_the_channels_is_refused(patch, tmp_path):
+    to_diffusers(AutoencoderKL(AutoencoderConfig(1, 2, 8, (1, 2), groups=4, patch=2)), tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert (values["in_channels"], values["out_channels"], values["sample_size"], values["patch"]) == (4, 4, 16, 2)
+    (tmp_path / "config.json").write_text(json.dumps(values | {"patch": patch}))
+    with pytest.raises(DataError, match=f"patch is {patch}: in_channels = 4 must be a multiple of patch²"):
+        from_diffusers(tmp_path)
+
+
+def test_without_the_note_a_patched_autoencoder_is_one_that_works_on_folded_images(tmp_path):
+    ours = filled(AutoencoderKL(AutoencoderConfig(1, 2, 8, (1, 2), groups=4, patch=2)))
+    to_diffusers(ours, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if k != "patch"}))
+    plain, x = from_diffusers(tmp_path), torch.randn(2, 1, 16, 16, generator=seeded(6)).double()
+    assert plain.config == replace(ours.config, in_channels=4, patch=1)
+    torch.testing.assert_close(plain.encode(F.pixel_unshuffle(x, 2)).mean, ours.encode(x).mean, **CLOSE)
+
+
 def test_what_cannot_be_written_or_read_is_refused(tmp_path, tiny_model):
     with pytest.raises(ValueError, match="without cross-attention"):
         to_diffusers(UNet(UNetConfig(3, 3, 8, (1, 2), heads=2, groups=4)), tmp_path / "plain")
@@ -403,7 +460,7 @@ def test_what_cannot_be_written_or_read_is_refused(tmp_path, tiny_model):
 def test_a_whole_pipeline_comes_back_with_every_field_of_its_config(tmp_path):
     torch.manual_seed(0)
     config = LDMConfig(
-        AutoencoderConfig(3, 2, 4, (1, 2), 2, True, 2, latent_shift=(0.5, 1.0), latent_scale=(2.0, 0.25)),
+        AutoencoderConfig(3, 2, 4, (1, 2), 2, True, 2, patch=2, latent_shift=(0.5, 1.0), latent_scale=(2.0, 0.25)),
         UNetConfig(2, 2, 8, (1, 2), 2, (True, False), 2, 8, 2, 2, 4),
         ("red", "blue"),
         1,
@@ -437,7 +494,8 @@ def diffusers_sample(folder, model: LatentDiffusion, prompts: list[str], steps: 
         prediction = unet(z, t, conditioning["context"], encoder_attention_mask=conditioning["mask"]).sample
         z = scheduler.step(prediction, t, z).prev_sample
     mean, std = (torch.tensor(vae.config[key]).view(-1, 1, 1) for key in ("latents_mean", "latents_std"))
-    return vae.decode(z * std / vae.config.scaling_factor + mean).sample.clamp(-1, 1)
+    images = vae.decode(z * std / vae.config.scaling_factor + mean).sample
+    return F.pixel_shuffle(images, vae.config.get("patch", 1)).clamp(-1, 1)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,10 +29,10 @@ WORKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def both():
-    """The works of either library for a small setting."""
-    setting = peers.mid_size(SMALL, batch=2)
+@pytest.fixture(scope="module", params=[1, 2])
+def both(request):
+    """The works of either library for a small setting, without and with patches."""
+    setting = peers.mid_size(replace(SMALL, autoencoder=replace(SMALL.autoencoder, patch=request.param)), batch=2)
     unet, autoencoder = setting.model.second_stage.unet, setting.model.autoencoder
     twins = peers.diffusers_twin(unet), peers.diffusers_twin(autoencoder)
     return peers.works(unet, autoencoder, setting), peers.works(*twins, setting), unet, twins[0]

@@ -22,27 +22,29 @@ from minildm.training import Budget, TrainState, batch_indices, train
 # What each name changes: fields of the recipe's second stage, of its UNet, of its config, and of the loss.
 CHANGES = {
     "base": {},
-    "batch 64": {"stage": {"batch_size": 64}},
-    "batch 16": {"stage": {"batch_size": 16}},
+    "batch 32": {"stage": {"batch_size": 32}},
+    "batch 128 at 4e-3": {"stage": {"batch_size": 128, "lr": 4e-3}},
     "EMA 0.999": {"stage": {"ema_decay": 0.999}},
     "rate 5e-3": {"stage": {"lr": 5e-3}},
     "one text layer": {"config": {"text_depth": 1}},
-    "48 channels": {"unet": {"channels": 48}},
-    "24 channels": {"unet": {"channels": 24}},
-    "attention at 4x4 only in the middle": {"unet": {"attention": (False, False)}},
+    "32 channels": {"unet": {"channels": 32}},
+    "64 channels": {"unet": {"channels": 64}},
+    "one level": {"unet": {"multipliers": (1,), "attention": (True,)}},
+    "twice as wide at 2x2": {"unet": {"multipliers": (1, 2)}},
     "min-SNR 5": {"loss": {"min_snr": 5.0}},
     "more steps of middle noise": {"loss": {"spread": 1.0}},
-    "evenly spread steps": {"loss": {"even": True}},
+    "steps drawn alone": {"loss": {"even": False}},
 }
 
 
-def steps_of(n: int, total: int, generator: torch.Generator, spread: float | None = None, even: bool = False):
-    """Steps for n samples (n,): uniform; logit-normal with `spread`; or one from each of n equal parts (`even`)."""
+def steps_of(n: int, total: int, generator: torch.Generator, spread: float | None = None, even: bool = True):
+    """Steps for n samples (n,): one from each of n equal parts, or each alone (not `even`); or logit-normal."""
     if spread is not None:
         u = torch.sigmoid(spread * torch.randn(n, generator=generator))
     else:
         u = torch.rand(n, generator=generator)
-    return (((torch.arange(n) + u) / n if even else u) * total).long().clamp(max=total - 1)
+        u = (torch.arange(n) + u) / n if even else u
+    return (u * total).long().clamp(max=total - 1)
 
 
 def loss_function(model: LatentDiffusion, latents: torch.Tensor, captions: list[str], batch_size: int, **loss):

@@ -160,11 +160,17 @@ def predict(unet: nn.Module, x: torch.Tensor, t: torch.Tensor, context: torch.Te
 
 
 def reconstruct(autoencoder: nn.Module, x: torch.Tensor, generator: torch.Generator | None = None):
-    """x̂ (B, C, H, W) of either library's autoencoder and the posterior, from its mean or from a draw."""
+    """x̂ (B, C, H, W) of either library's autoencoder and the posterior, from its mean or from a draw.
+
+    diffusers' knows no patches: where ours has them, it gets folded images, and what it gives is unfolded.
+    """
     is_ours = isinstance(autoencoder, AutoencoderKL)
+    patch = 1 if is_ours else autoencoder.config.get("patch", 1)
+    x = F.pixel_unshuffle(x, patch) if patch > 1 else x  # (B, C·p², H/p, W/p)
     posterior = autoencoder.encode(x) if is_ours else autoencoder.encode(x, return_dict=False)[0]
     z = posterior.mean if generator is None else posterior.sample(generator)
-    return autoencoder.decode(z) if is_ours else autoencoder.decode(z, return_dict=False)[0], posterior
+    x_hat = autoencoder.decode(z) if is_ours else autoencoder.decode(z, return_dict=False)[0]
+    return F.pixel_shuffle(x_hat, patch) if patch > 1 else x_hat, posterior
 
 
 def autoencoder_loss(autoencoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
