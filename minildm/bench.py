@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minildm.data import pick_device
 from minildm.losses import first_stage_loss_fn
+from minildm.muon import start_muon
 from minildm.pipeline import LatentDiffusion, second_stage_loss_fn
 from minildm.recipes import RECIPES
-from minildm.training import Budget, TrainState, train
+from minildm.training import Budget, train
 
 PROMPT = "a thick slanted seven"
 
@@ -42,7 +43,7 @@ def convolution_throughput(batch: int = 128, channels: int = 128, size: int = 8)
 
 def stage_step(model, loss_fn: Callable, lr: float) -> Callable[[], object]:
     """One whole training step (loss, gradients, optimiser, EMA) as a function to time."""
-    steps = train(TrainState.start(model.requires_grad_(True), lr, seed=0), loss_fn, Budget(steps=10_000), lr)
+    steps = train(start_muon(model.requires_grad_(True), lr, seed=0), loss_fn, Budget(steps=10_000), lr)
     return lambda: next(steps)
 
 

@@ -46,6 +46,7 @@ from minildm.losses import (
     ssim,
 )
 from minildm.metrics import Reference, measure
+from minildm.muon import start_muon
 from minildm.pipeline import (
     LatentDiffusion,
     LDMConfig,
@@ -67,7 +68,7 @@ from minildm.training import (
 from minildm.unet import UNetConfig
 
 CHECKPOINT_SECONDS = 20
-SAVING_SECONDS = 4  # set aside of a budget in minutes for the imports and for writing the model
+SAVING_SECONDS = 6  # set aside of a budget in minutes for the imports and for writing the model
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,9 @@ RECIPES: dict[str, Recipe] = {
             schedule="cosine",
             target="v",
         ),
-        first=Stage(batch_size=16, lr=4e-3, ema_decay=0.99),
-        second=Stage(batch_size=64, lr=2.5e-3, ema_decay=0.995),
-        first_share=0.25,
+        first=Stage(batch_size=16, lr=1e-2, ema_decay=0.99),
+        second=Stage(batch_size=64, lr=1e-2, ema_decay=0.995),
+        first_share=0.2,
         kl_weight=1e-2,
     ),
     "mnist-classifier": ClassifierRecipe(),
@@ -299,7 +300,7 @@ def train_text(recipe: TextRecipe, out: Path, budget: Budget, resume: bool) -> d
     latents, spent = cached_latents(model, data.x_train, out, start)
 
     stage, second_stage = recipe.second, model.second_stage.requires_grad_(True)
-    state = TrainState.start(second_stage, stage.lr, recipe.seed, stage.weight_decay, stage.ema_decay)
+    state = start_muon(second_stage, stage.lr, recipe.seed, stage.ema_decay)
     spent += SAVING_SECONDS
     if budget.seconds and spent >= budget.seconds:
         raise ValueError(
@@ -320,7 +321,7 @@ def train_first_stage(
     """Train the autoencoder on uint8 images (N, C, H, W); the result is the state's EMA."""
     stage = recipe.first
     autoencoder.requires_grad_(True)
-    state = TrainState.start(autoencoder, stage.lr, recipe.seed, stage.weight_decay, stage.ema_decay)
+    state = start_muon(autoencoder, stage.lr, recipe.seed, stage.ema_decay)
     loss_fn = first_stage_loss_fn(images, stage.batch_size, recipe.kl_weight)
     run_stage("1 autoencoder", state, loss_fn, budget, stage.lr, out / "first_stage.safetensors", resume)
     autoencoder.requires_grad_(False)

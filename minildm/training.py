@@ -154,7 +154,8 @@ def load_checkpoint(state: TrainState, path: Path | str) -> dict:
 
     load_weights(state.model, part("model."), path)
     load_weights(state.ema.model, part("ema."), path)
-    optimiser, parameters = state.optimiser.state_dict(), list(state.model.parameters())
+    optimiser = state.optimiser.state_dict()
+    parameters = [weight for group in state.optimiser.param_groups for weight in group["params"]]
     for key, value in part("optimiser.").items():
         index, slot = int(key.split(".")[0]), key.split(".")[1]
         if value.shape == parameters[index].shape:  # the fused optimiser wants its moments laid out as the weights are

@@ -16,16 +16,19 @@ import torch.nn.functional as F
 from minildm import recipes
 from minildm.data import StrokeWords, drop_words, load_mnist, seeded, to_float
 from minildm.judge import frechet_distance, predict
+from minildm.muon import start_muon
 from minildm.pipeline import LatentDiffusion, encode_all
 from minildm.training import Budget, TrainState, batch_indices, train
 
 # What each name changes: fields of the recipe's second stage, of its UNet, of its config, and of the loss.
 CHANGES = {
     "base": {},
+    "AdamW at 2.5e-3": {"optimiser": TrainState.start, "stage": {"lr": 2.5e-3}},
     "batch 32": {"stage": {"batch_size": 32}},
-    "batch 128 at 4e-3": {"stage": {"batch_size": 128, "lr": 4e-3}},
+    "batch 128": {"stage": {"batch_size": 128}},
     "EMA 0.999": {"stage": {"ema_decay": 0.999}},
     "rate 5e-3": {"stage": {"lr": 5e-3}},
+    "rate 2e-2": {"stage": {"lr": 2e-2}},
     "one text layer": {"config": {"text_depth": 1}},
     "32 channels": {"unet": {"channels": 32}},
     "64 channels": {"unet": {"channels": 64}},
@@ -98,7 +101,8 @@ def measure(name: str, seed: int, seconds: float, samples: int) -> str:
     )
     stage = replace(recipe.second, **change.get("stage", {}))
     second_stage = model.second_stage.requires_grad_(True)
-    state = TrainState.start(second_stage, stage.lr, seed, stage.weight_decay, stage.ema_decay)
+    start = change.get("optimiser", start_muon)
+    state = start(second_stage, stage.lr, seed, ema_decay=stage.ema_decay)
     loss_fn = loss_function(model, latents, captions, stage.batch_size, **change.get("loss", {}))
     for _ in train(state, loss_fn, Budget(seconds=seconds), stage.lr):
         pass

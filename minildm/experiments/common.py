@@ -16,10 +16,11 @@ from minildm.data import ImageData, StrokeWords, drop_words, load_mnist, pick_de
 from minildm.diffusion import diffusion_loss, make_schedule
 from minildm.judge import frechet_distance, predict
 from minildm.metrics import Reference, measure
+from minildm.muon import start_muon
 from minildm.pipeline import LDMConfig, SecondStage, encode_all
 from minildm.recipes import RECIPES, load_autoencoder, load_judge
 from minildm.sampling import denoiser, sample, timesteps
-from minildm.training import Budget, TrainState, batch_indices, train
+from minildm.training import Budget, batch_indices, train
 
 SEED = 0
 
@@ -158,7 +159,7 @@ def train_with_snapshots(
         tokens = tokenizer.encode(drop_words([captions[i] for i in index.tolist()], generator)).to(device)
         return diffusion_loss(model, schedule, latents[index].to(device), generator, config.target, tokens=tokens)
 
-    state = TrainState.start(model, stage.lr, SEED, stage.weight_decay, stage.ema_decay)
+    state = start_muon(model, stage.lr, SEED, stage.ema_decay)
     marks, snapshots = [share * seconds for share in shares], []
     for _ in train(state, loss_fn, Budget(seconds=seconds), stage.lr):
         while marks and state.elapsed >= marks[0]:

@@ -1,0 +1,66 @@
+# Exported from notebooks/07_latent_diffusion.ipynb by tools/export.py: edit the notebook, not this file.
+"""Muon, the optimiser of both stages: momentum whose singular values are all made about 1."""
+
+import torch
+from torch import nn
+
+from minildm.training import EMA, TrainState
+
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's a, b, c
+
+
+def orthogonalise(matrices: torch.Tensor, times: int = 5) -> torch.Tensor:
+    """Matrices U S Vᵀ (N, p, q) with p ≤ q → U f(f(…S…)) Vᵀ, whose singular values are about 1 (from 0.7 to 1.2).
+
+    The quintic f(s) = a s + b s³ + c s⁵ of Jordan et al. (2024) is applied `times` times after S has been brought to at
+    most 1. All of it is one factor on the left, a polynomial of M Mᵀ, so that only p × p matrices are iterated.
+    """
+    a, b, c = QUINTIC
+    m = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    one = torch.eye(m.shape[1], dtype=m.dtype, device=m.device).expand(len(m), -1, -1)
+    gram, factor = m @ m.mT, one
+    for _ in range(times):
+        step = a * one + b * gram + c * gram @ gram
+        factor, gram = step @ factor, step @ (step @ gram)  # polynomials of one matrix: their order does not matter
+    return factor @ m
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the weights of a model that are matrices or kernels, AdamW for its biases and norms.
+
+    The gradients of a weight (out, …), averaged over steps with Nesterov's momentum, are read as a matrix (out, rest)
+    and orthogonalised; the step is `lr` times that, √(out / rest) times longer for tall matrices (Jordan et al., 2024).
+    """
+
+    def __init__(self, model: nn.Module, lr: float, momentum: float = 0.95):
+        matrices = {"params": [w for w in model.parameters() if w.ndim >= 2], "lr": lr, "momentum": momentum}
+        vectors = {"params": [w for w in model.parameters() if w.ndim < 2]}
+        self.adam = torch.optim.AdamW([vectors], lr, (0.9, 0.99), weight_decay=0, fused=True)
+        super().__init__([matrices, *self.adam.param_groups], {})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Change all weights that have a gradient."""
+        matrices, *self.adam.param_groups = self.param_groups  # load_state_dict makes new ones
+        self.adam.state = self.state
+        self.adam.step()
+        by_shape: dict[tuple, list] = {}  # matrices of a shape are orthogonalised together
+        for weight in matrices["params"]:
+            if weight.grad is None:
+                continue
+            average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            average.lerp_(weight.grad, 1 - matrices["momentum"])
+            ahead = weight.grad.lerp(average, matrices["momentum"]).flatten(1)
+            tall = ahead.shape[0] > ahead.shape[1]
+            by_shape.setdefault(tuple(sorted(ahead.shape)), []).append((weight, ahead.T if tall else ahead, tall))
+        for group in by_shape.values():
+            directions = orthogonalise(torch.stack([ahead for _, ahead, _ in group]))
+            for (weight, _, tall), direction in zip(group, directions, strict=True):
+                direction = direction.T if tall else direction
+                length = matrices["lr"] * max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
+                weight.sub_(direction.reshape(weight.shape), alpha=length)
+
+
+def start_muon(model: nn.Module, lr: float, seed: int, ema_decay: float = 0.999) -> TrainState:
+    """`TrainState.start` with Muon in place of AdamW."""
+    return TrainState(model, Muon(model, lr), EMA(model, ema_decay), torch.Generator().manual_seed(seed))
