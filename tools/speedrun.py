@@ -24,8 +24,8 @@ from minildm.training import Budget, TrainState, batch_indices, train
 CHANGES = {
     "base": {},
     "AdamW at 2.5e-3": {"optimiser": TrainState.start, "stage": {"lr": 2.5e-3}},
-    "batch 32": {"stage": {"batch_size": 32}},
-    "batch 128": {"stage": {"batch_size": 128}},
+    "batch 64": {"stage": {"batch_size": 64}},
+    "batch 256": {"stage": {"batch_size": 256}},
     "EMA 0.999": {"stage": {"ema_decay": 0.999}},
     "rate 5e-3": {"stage": {"lr": 5e-3}},
     "rate 2e-2": {"stage": {"lr": 2e-2}},
