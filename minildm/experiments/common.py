@@ -23,6 +23,7 @@ from minildm.sampling import denoiser, sample, timesteps
 from minildm.training import Budget, batch_indices, train
 
 SEED = 0
+BATCH = 32  # images a step of the short trainings: the pixels, where a step is slow, should take more than a few
 
 
 def kept(path: Path, measure: Callable[[], dict]) -> dict:
@@ -126,6 +127,7 @@ def learning_curve(
     seconds: float,
     measure: Callable[[SecondStage], dict],
     shares: tuple[float, ...] = (1 / 4, 1 / 2, 1),
+    batch_size: int = BATCH,
 ) -> dict:
     """Train a fresh second stage on latents (N, C, h, w) for `seconds`; after each share of them, `measure(model)`.
 
@@ -136,7 +138,7 @@ def learning_curve(
     parameters = sum(p.numel() for p in model.parameters())
     print(f"  {parameters:,} parameters, {len(latents):,} images", flush=True)
     points = []
-    for elapsed, step, snapshot in train_with_snapshots(model, latents, captions, config, seconds, shares):
+    for elapsed, step, snapshot in train_with_snapshots(model, latents, captions, config, seconds, shares, batch_size):
         points.append({"seconds": round(elapsed, 1), "steps": step, **measure(snapshot)})
         print("  after", ", ".join(f"{value:g} {name}" for name, value in points[-1].items()), flush=True)
     return {"parameters": parameters} | {name: [point[name] for point in points] for name in points[0]}
@@ -149,13 +151,14 @@ def train_with_snapshots(
     config: LDMConfig,
     seconds: float,
     shares: tuple[float, ...],
+    batch_size: int = BATCH,
 ) -> list[tuple[float, int, nn.Module]]:
     """Train for `seconds`; (elapsed, step, averaged model) after each share of them."""
     stage, tokenizer = RECIPES["mnist-text"].second, Tokenizer(config.words)
     schedule, device = make_schedule(config.schedule), pick_device()
 
     def loss_fn(model: SecondStage, generator: torch.Generator) -> torch.Tensor:
-        index = batch_indices(len(latents), stage.batch_size, generator)
+        index = batch_indices(len(latents), batch_size, generator)
         tokens = tokenizer.encode(drop_words([captions[i] for i in index.tolist()], generator)).to(device)
         return diffusion_loss(model, schedule, latents[index].to(device), generator, config.target, tokens=tokens)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from minildm.experiments.common import (
+    BATCH,
     captioned_mnist,
     draw,
     held_out,
@@ -56,13 +57,12 @@ def row(factor: int, seconds: float, samples: int) -> dict:
 
     curve = learning_curve(config, latents, words.captions(data.x_train, data.y_train), seconds, measure)
     steps_per_second = torch.tensor(curve["steps"]) / torch.tensor(curve["seconds"])
-    batch = RECIPES["mnist-text"].second.batch_size
     return {
         "factor": factor,
         "samples": samples,
         "encode_seconds": round(encode_seconds, 1),
         **curve,
         "steps_per_second": [round(rate, 3) for rate in steps_per_second.tolist()],
-        "trained_per_second": [round(rate, 2) for rate in (batch * steps_per_second).tolist()],
+        "trained_per_second": [round(rate, 2) for rate in (BATCH * steps_per_second).tolist()],
         "real_frechet": real_frechet(test),
     }

@@ -20,6 +20,7 @@ from minildm.experiments.common import (
     real_frechet,
 )
 from minildm.pipeline import LatentDiffusion, LDMConfig, SecondStage, encode_all
+from minildm.recipes import RECIPES
 
 CHANNELS = (24, 48, 96)
 IMAGES = (60, 600, 6000, 60_000)
@@ -36,7 +37,7 @@ def scaling(work: Path, seconds: float, samples: int) -> dict:
     """
     model = LatentDiffusion.from_pretrained("mnist-text").to(pick_device())
     (data, words), test = captioned_mnist(), held_out(samples)
-    captions = words.captions(data.x_train, data.y_train)
+    captions, batch_size = words.captions(data.x_train, data.y_train), RECIPES["mnist-text"].second.batch_size
     latents, unseen = (
         model.autoencoder.standardise(encode_all(model.autoencoder, x)) for x in (data.x_train, data.x_test[:samples])
     )
@@ -50,7 +51,7 @@ def scaling(work: Path, seconds: float, samples: int) -> dict:
 
         shares = (1 / 8, 1 / 4, 1 / 2, 1)
         print(f"{channels} channels", flush=True)
-        curve = learning_curve(config, latents, captions, seconds, measure, shares)
+        curve = learning_curve(config, latents, captions, seconds, measure, shares, batch_size)
         return {"channels": channels, "samples": samples, **curve, "real_frechet": real_frechet(test)}
 
     def amount(images: int) -> dict:
@@ -65,7 +66,7 @@ def scaling(work: Path, seconds: float, samples: int) -> dict:
 
         print(f"{images} training images", flush=True)
         return {"images": len(seen), "samples": samples} | learning_curve(
-            model.config, seen, captions, seconds / 2, measure
+            model.config, seen, captions, seconds / 2, measure, batch_size=batch_size
         )
 
     return {
