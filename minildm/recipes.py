@@ -73,7 +73,7 @@ SAVING_SECONDS = 6  # set aside of a budget in minutes for the imports and for w
 
 @dataclass(frozen=True)
 class Stage:
-    """How one stage is trained: images a step, peak learning rate, decay of the EMA and of the weights."""
+    """How one stage is trained: images a step, peak learning rate, decay of the EMA, and AdamW's of the weights."""
 
     batch_size: int
     lr: float
