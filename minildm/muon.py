@@ -44,21 +44,25 @@ class Muon(torch.optim.Optimizer):
         matrices, *self.adam.param_groups = self.param_groups  # load_state_dict makes new ones
         self.adam.state = self.state
         self.adam.step()
-        by_shape: dict[tuple, list] = {}  # matrices of a shape are orthogonalised together
+        by_shape: dict[torch.Size, list] = {}  # matrices of a shape are orthogonalised together
         for weight in matrices["params"]:
-            if weight.grad is None:
-                continue
-            average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-            average.lerp_(weight.grad, 1 - matrices["momentum"])
-            ahead = weight.grad.lerp(average, matrices["momentum"]).flatten(1)
-            tall = ahead.shape[0] > ahead.shape[1]
-            by_shape.setdefault(tuple(sorted(ahead.shape)), []).append((weight, ahead.T if tall else ahead, tall))
+            if weight.grad is not None:
+                matrix = self._ahead(weight, matrices["momentum"])
+                by_shape.setdefault(matrix.shape, []).append((weight, matrix))
         for group in by_shape.values():
-            directions = orthogonalise(torch.stack([ahead for _, ahead, _ in group]))
-            for (weight, _, tall), direction in zip(group, directions, strict=True):
-                direction = direction.T if tall else direction
-                length = matrices["lr"] * max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
+            directions = orthogonalise(torch.stack([matrix for _, matrix in group]))  # (N, p, q)
+            for (weight, _), direction in zip(group, directions, strict=True):
+                out, rest = weight.flatten(1).shape
+                direction = direction.T if out > rest else direction  # (out, rest)
+                length = matrices["lr"] * max(1.0, out / rest) ** 0.5
                 weight.sub_(direction.reshape(weight.shape), alpha=length)
+
+    def _ahead(self, weight: nn.Parameter, momentum: float) -> torch.Tensor:
+        """Take in the gradient of a weight (out, …); Nesterov's average as a matrix (p, q) with p ≤ q."""
+        average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+        average.lerp_(weight.grad, 1 - momentum)
+        ahead = weight.grad.lerp(average, momentum).flatten(1)  # (out, rest)
+        return ahead.T if ahead.shape[0] > ahead.shape[1] else ahead
 
 
 def start_muon(model: nn.Module, lr: float, seed: int, ema_decay: float = 0.999) -> TrainState:
