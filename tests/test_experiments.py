@@ -152,8 +152,7 @@ def test_pixel_latent(run, nothing_again):
         rates = [n / s for n, s in zip(row["steps"], row["seconds"], strict=True)]
         assert row["samples"] == 24
         assert row["steps_per_second"] == pytest.approx(rates, abs=1e-3)
-        batch = recipes.RECIPES["mnist-text"].second.batch_size
-        assert row["trained_per_second"] == pytest.approx([batch * rate for rate in rates], abs=1e-2)
+        assert row["trained_per_second"] == pytest.approx([common.BATCH * rate for rate in rates], abs=1e-2)
     assert latents["sampled_per_second"][-1] > pixels["sampled_per_second"][-1] > 0
     check_about(result, "pixel-latent", "--seconds 0.5 --samples 24")
     nothing_again()
