@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,18 @@ def positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
+
+
+def add_interval(parser: argparse.ArgumentParser) -> None:
+    """The option --guidance-interval, all steps by default."""
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        default=(0, math.inf),
+        metavar=("LOW", "HIGH"),
+        help="guide only at steps LOW <= t < HIGH of the 1000",
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--count", type=int, default=8, help="images for each prompt")
     sample.add_argument("--steps", type=int, default=20)
     sample.add_argument("--guidance-scale", type=float, default=2.0)
+    add_interval(sample)
     sample.add_argument("--sampler", default="ddim", help="ddim, ddpm or dpm++")
     sample.add_argument("--eta", type=float, default=0.0, help="share of DDPM's noise in ddim, 0 to 1")
     sample.add_argument("--init", type=Path, help="start from this picture (image to image)")
@@ -49,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=int, default=10_000)
     evaluate.add_argument("--steps", type=int, default=20)
     evaluate.add_argument("--guidance-scale", type=float, default=2.0)
+    add_interval(evaluate)
     evaluate.add_argument("--sampler", default="ddim", help="ddim, ddpm or dpm++")
     evaluate.add_argument("--out", type=Path, help="the file to write (default metrics.json in the model's folder)")
 
@@ -110,6 +125,7 @@ def run_sample(args: argparse.Namespace) -> None:
         [prompt for prompt in args.prompts for _ in range(args.count)],
         steps=args.steps,
         guidance_scale=args.guidance_scale,
+        guidance_interval=tuple(args.guidance_interval),
         seed=args.seed,
         sampler=args.sampler,
         eta=args.eta,
@@ -155,6 +171,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     else:
         model = LatentDiffusion.from_pretrained(args.model).to(device)
         sampling = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
+        if (interval := tuple(args.guidance_interval)) != (0, math.inf):
+            sampling["guidance_interval"] = interval
         figures = recipes.evaluate(model, judge, args.samples, **sampling)
     for name, value in figures.items():
         print(f"{name:28} {value:10.4g}")

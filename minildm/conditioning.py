@@ -1,6 +1,7 @@
 # Exported from notebooks/05_cross_attention.ipynb by tools/export.py: edit the notebook, not this file.
 """Prompts into tokens, tokens into context, and guidance by the prompt while sampling."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -81,22 +82,36 @@ class ClassEmbedding(nn.Module):
         return self.embedding(labels)[:, None]
 
 
-def guided(model: Callable, conditional: dict, unconditional: dict, guidance_scale: float) -> Callable:
+def guided(
+    model: Callable,
+    conditional: dict,
+    unconditional: dict,
+    guidance_scale: float,
+    guidance_interval: tuple[float, float] = (0, math.inf),
+) -> Callable:
     """Classifier-free guidance: a model(x, t) that returns uncond + w · (cond - uncond), w = guidance_scale.
 
     w = 1 is the conditional model itself, 0 the unconditional one, above 1 the prompt counts for more than it did in
     training (Ho & Salimans, 2022, whose w is this one less 1). `conditional` and `unconditional` are keyword arguments
     of the model, tensors with the batch first; both branches run in one batch.
-    Raises ValueError unless w is a finite number of at least 0.
+    With `guidance_interval` = (low, high), steps outside of low ≤ t < high take the conditional model alone
+    (Kynkäänniemi et al., 2024); t (B,) is then one step for the whole batch, as in sampling.
+    Raises ValueError unless w is a finite number of at least 0 and 0 ≤ low < high.
     """
-    if not 0 <= guidance_scale < float("inf"):
+    low, high = guidance_interval
+    if not 0 <= guidance_scale < math.inf:
         raise ValueError(f"guidance_scale must be a number of at least 0, not {guidance_scale}.")
-    if guidance_scale in (0, 1):
-        chosen = conditional if guidance_scale == 1 else unconditional
-        return lambda x, t: model(x, t, **chosen)
+    if not 0 <= low < high:
+        raise ValueError(
+            f"guidance_interval must be two steps (low, high) with 0 ≤ low < high, not {guidance_interval}."
+        )
     both = {key: torch.cat([unconditional[key], conditional[key]]) for key in conditional}
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if guidance_scale == 1 or not low <= t[0] < high:
+            return model(x, t, **conditional)
+        if guidance_scale == 0:
+            return model(x, t, **unconditional)
         uncond, cond = model(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
         return uncond + guidance_scale * (cond - uncond)
 

@@ -140,10 +140,12 @@ class LatentDiffusion(nn.Module):
         context, mask = self.second_stage.text_encoder(self.tokenizer.encode(prompts).to(self.device))
         return {"context": context, "mask": mask}
 
-    def denoiser(self, prompts: list[str], guidance_scale: float):
+    def denoiser(
+        self, prompts: list[str], guidance_scale: float, guidance_interval: tuple[float, float] = (0, math.inf)
+    ) -> Callable:
         """denoise(x, t) → (x0, eps) for latents x (B, C, h, w), steered by one prompt each."""
         conditional, unconditional = self.conditioning(prompts), self.conditioning([""] * len(prompts))
-        model = guided(self.second_stage.unet, conditional, unconditional, guidance_scale)
+        model = guided(self.second_stage.unet, conditional, unconditional, guidance_scale, guidance_interval)
         return denoiser(model, self.schedule, self.config.target)
 
     @torch.no_grad()
@@ -152,6 +154,7 @@ class LatentDiffusion(nn.Module):
         prompts: list[str],
         steps: int = 20,
         guidance_scale: float = 2.0,
+        guidance_interval: tuple[float, float] = (0, math.inf),
         seed: int = 0,
         sampler: str = "ddim",
         eta: float = 0.0,
@@ -160,12 +163,13 @@ class LatentDiffusion(nn.Module):
     ) -> torch.Tensor:
         """One image for each prompt: (B, in_channels, H, W) in [-1, 1].
 
+        With `guidance_interval` = (low, high) only the steps low ≤ t < high are guided.
         `sampler` is "ddim" (with `eta`), "ddpm" or "dpm++". With `init`, images (1 or B, in_channels, H, W) in [-1, 1],
         sampling starts not from noise but from their latents, noised up to the share `strength` in (0, 1] of the steps.
         Raises PromptError for a bad prompt and ValueError for any other argument out of range.
         """
         order = timesteps(self.schedule, steps)
-        denoise = self.denoiser(prompts, guidance_scale)
+        denoise = self.denoiser(prompts, guidance_scale, guidance_interval)
         generator = seeded(seed)
         x = torch.randn(len(prompts), *self.latent_shape, generator=generator).to(self.device)
         if init is not None:

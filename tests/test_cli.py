@@ -57,6 +57,10 @@ def test_sample_writes_a_grid_with_a_row_for_each_prompt(tiny_folder, tmp_path, 
         (["--sampler", "ddpm"], {"sampler": "ddpm"}),
         (["--sampler", "dpm++", "--seed", "4"], {"sampler": "dpm++", "seed": 4}),
         (["--eta", "1", "--guidance-scale", "0.5"], {"eta": 1.0, "guidance_scale": 0.5}),
+        (
+            ["--guidance-scale", "5", "--guidance-interval", "200", "700"],
+            {"guidance_scale": 5, "guidance_interval": (200, 700)},
+        ),
         (["--init", "init.png", "--strength", "0.4"], {"strength": 0.4}),
     ],
 )
@@ -93,8 +97,10 @@ def test_train_and_evaluate_write_a_model_and_its_figures(tiny_recipe, tmp_path,
     assert metrics.keys() == tiny.figures(20) | {"steps", "guidance_scale", "sampler"}
     assert json.loads((folder / "card.json").read_text())["metrics"] == metrics
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(metrics)[3:]
-    assert main(["evaluate", str(folder), "--samples", "20", "--steps", "2", "--out", "elsewhere.json"]) == 0
-    assert json.loads(Path("elsewhere.json").read_text())["sampler"] == "ddim"
+    options = ["--samples", "20", "--steps", "2", "--guidance-interval", "100", "700", "--out", "elsewhere.json"]
+    assert main(["evaluate", str(folder), *options]) == 0
+    elsewhere = json.loads(Path("elsewhere.json").read_text())
+    assert elsewhere["sampler"] == "ddim" and elsewhere["guidance_interval"] == [100, 700]
     assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
@@ -112,6 +118,8 @@ def test_train_and_evaluate_write_a_model_and_its_figures(tiny_recipe, tmp_path,
         (["7", "--guidance-scale", "nan"], "guidance_scale must be"),
         (["7", "--guidance-scale", "-1"], "guidance_scale must be"),
         (["7", "--guidance-scale", "inf"], "guidance_scale must be"),
+        (["7", "--guidance-interval", "700", "200"], "guidance_interval must be two steps"),
+        (["7", "--guidance-interval", "nan", "200"], "guidance_interval must be two steps"),
         (["7", "--eta", "1.5"], "eta must be between 0"),
         (["7", "--sampler", "euler"], "choose one of ddim, ddpm, dpm++"),
         (["7", "--count", "0"], "--count must be at least 1"),

@@ -128,6 +128,36 @@ def test_impossible_guidance_is_refused(w):
         guided(toy_network, {}, {}, w)
 
 
+@given(w=st.floats(0, 20), step=st.integers(0, 999), low=st.integers(0, 998), width=st.integers(1, 500))
+def test_guidance_in_an_interval_is_guidance_there_and_the_conditional_model_elsewhere(w, step, low, width):
+    x, _, conditional, unconditional = branches()
+    t = torch.full((len(x),), step)
+    cond, uncond = toy_network(x, t, **conditional), toy_network(x, t, **unconditional)
+    ours = guided(toy_network, conditional, unconditional, w, (low, low + width))(x, t)
+    expected = (1 - w) * uncond + w * cond if step in range(low, low + width) else cond
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_unconditional_branch_runs_only_in_the_interval():
+    x, _, conditional, unconditional = branches()
+    seen = []
+
+    def counting(x, t, context):
+        seen.append((len(x), int(t[0])))
+        return toy_network(x, t, context)
+
+    model = guided(counting, conditional, unconditional, 2.5, (200, 600))
+    for step in (600, 599, 200, 199):
+        model(x, torch.full((2,), step))
+    assert seen == [(2, 600), (4, 599), (4, 200), (2, 199)]
+
+
+@pytest.mark.parametrize("interval", [(-1, 500), (500, 500), (600, 500), (math.nan, 500), (0, math.nan)])
+def test_an_impossible_interval_is_refused(interval):
+    with pytest.raises(ValueError, match="guidance_interval must be two steps"):
+        guided(toy_network, {}, {}, 2.0, interval)
+
+
 # classifier guidance
 
 

@@ -60,6 +60,17 @@ def test_prompt_and_guidance_steer(tiny_model):
     torch.testing.assert_close(draw("", 5.0), draw("", 1.0), rtol=1e-3, atol=1e-3)  # both branches are the same
 
 
+def test_the_interval_is_where_guidance_changes_the_image(tiny_model):
+    def draw(scale, *interval):
+        return tiny_model.sample(["a seven"], steps=4, guidance_scale=scale, guidance_interval=interval)
+
+    everywhere, nowhere = tiny_model.sample(["a seven"], steps=4, guidance_scale=4.0), draw(1.0, 0, 1000)
+    assert torch.equal(draw(4.0, 0, 1000), everywhere)
+    assert torch.equal(draw(4.0, 1000, 1001), nowhere)  # there is no step 1000
+    for other in (everywhere, nowhere):
+        assert not torch.allclose(draw(4.0, 400, 800), other, atol=1e-3)
+
+
 def test_guidance_is_that_of_the_noise_predictions(tiny_model):
     z, t = torch.randn(2, 4, 8, 8, generator=seeded(0)), 600
     steps = torch.full((2,), t)
@@ -84,8 +95,8 @@ def test_image_to_image_denoises_only_the_share_it_noised(tiny_model, monkeypatc
     seen = []
     make = tiny_model.denoiser
 
-    def counting(prompts, scale):
-        denoise = make(prompts, scale)
+    def counting(*arguments):
+        denoise = make(*arguments)
         return lambda x, t: seen.append(t) or denoise(x, t)
 
     monkeypatch.setattr(tiny_model, "denoiser", counting)
