@@ -106,13 +106,18 @@ def test_first_stage(run, monkeypatch, nothing_again, capsys):
 
 def test_guidance(run, monkeypatch, nothing_again, capsys):
     monkeypatch.setattr(guidance, "SCALES", (0.0, 2.0))
+    monkeypatch.setattr(guidance, "INTERVAL_SCALES", (2.0,))
+    monkeypatch.setattr(guidance, "INTERVAL", (600, 1000))
     monkeypatch.setattr(guidance, "SAMPLING", {"sampler": "dpm++", "steps": 2})
     result = run("guidance", "--samples", 40)
     assert [row["guidance_scale"] for row in result["rows"]] == [0.0, 2.0]
     for row in result["rows"]:
         assert row.keys() == FIGURES | {"guidance_scale", "sampler", "steps"}
         assert row["samples"] == 40
-    assert result["rows"][0]["frechet_distance"] != result["rows"][1]["frechet_distance"]
+    (part,) = result["interval_rows"]
+    assert part.keys() == FIGURES | {"guidance_scale", "guidance_interval", "sampler", "steps"}
+    assert part["guidance_interval"] == [600, 1000] and part["guidance_scale"] == 2.0
+    assert len({row["frechet_distance"] for row in (*result["rows"], part)}) == 3
     assert result["real"].keys() == REAL
     assert result["real"]["frechet_distance"] < result["rows"][0]["frechet_distance"]
     check_about(result, "guidance", "--samples 40")
