@@ -68,14 +68,33 @@ def test_each_number_in_the_table_was_measured(label, column, cell):
     assert expected(label, column, cell) == cell
 
 
+def test_the_paragraph_on_guidance_is_what_the_experiment_measured():
+    guidance = read("results/guidance.json")
+    rows = {row["guidance_scale"]: row for row in guidance["rows"]}
+    middle = {row["guidance_scale"]: row for row in guidance["interval_rows"]}[2.0]
+    missed = [f"{100 * (1 - rows[w]['accuracy']):.0f} %" for w in (1.0, 1.25)]
+    distances = {name: f"{row['frechet_distance']:.1f}" for name, row in {**rows, "middle": middle}.items()}
+    shares = {f"{100 * row['accuracy']:.1f} %" for row in (rows[1.5], middle)}
+    text = " ".join(README.split())
+    assert f"without it (w = 1) {missed[0]} of the drawings are misread, at w = 1.25 {missed[1]}" in text
+    assert f"There the distance of {guidance['rows'][0]['samples']:,} drawings is {distances[1.25]}" in text
+    assert f"stand at {guidance['real']['frechet_distance']:.1f}, and so" in text
+    assert shares == {"99.8 %"} and "both 99.8 % of these 2,000" in text
+    assert f"stands at {distances[1.5]} where the middle stands at {distances['middle']}" in text
+
+
 def test_every_row_of_the_table_is_there():
     assert [label for label, column, _ in cells() if column == "shipped weights"] == list(ROWS)
 
 
 def test_the_settings_and_the_judge_named_above_the_table_are_those_measured_with():
     assert CARD["metrics"] == METRICS
-    assert METRICS["samples"] == 10_000
-    assert f"--sampler {METRICS['sampler']} --guidance-scale {METRICS['guidance_scale']:g}`" in README
+    assert METRICS["samples"] == FIVE["metrics"]["samples"] == 10_000
+    for setting in ("sampler", "steps", "guidance_scale", "guidance_interval"):
+        assert FIVE["metrics"][setting] == METRICS[setting]
+    low, high = METRICS["guidance_interval"]
+    options = f"--sampler {METRICS['sampler']} --guidance-scale {METRICS['guidance_scale']:g}"
+    assert f"mnist-text {options} --guidance-interval {low:g} {high:g}`" in README
     assert f"{METRICS['steps']} steps of" in " ".join(README.split())
     assert f"({100 * JUDGE['test_accuracy']:.1f} % on the test set)" in README
 
