@@ -2,11 +2,13 @@
 
 import re
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +21,16 @@ PINS = {canonicalize_name(name): version for name, _, version in (line.partition
 
 def test_constraints_are_exact_versions_that_every_machine_can_install():
     assert [line for line in LINES if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []  # no range, no +cpu, no address
+
+
+def test_every_pinned_release_runs_on_the_oldest_python_that_the_project_allows():
+    oldest = re.fullmatch(r">=(\d+\.\d+)", PROJECT["requires-python"])[1] + ".0"
+    installed = {
+        canonicalize_name(d.metadata["Name"]): d.metadata.get("Requires-Python") or "" for d in distributions()
+    }
+    needs = {name: need for name, need in installed.items() if name in PINS}
+    assert len(needs) > 50
+    assert {name: need for name, need in needs.items() if not SpecifierSet(need).contains(oldest)} == {}
 
 
 @pytest.mark.parametrize("line", sorted(DIRECT))
