@@ -154,12 +154,12 @@ class LatentDiffusion(nn.Module):
         prompts: list[str],
         steps: int = 20,
         guidance_scale: float = 2.0,
-        guidance_interval: tuple[float, float] = (0, math.inf),
         seed: int = 0,
         sampler: str = "ddim",
         eta: float = 0.0,
         init: torch.Tensor | None = None,
         strength: float = 0.6,
+        guidance_interval: tuple[float, float] = (0, math.inf),
     ) -> torch.Tensor:
         """One image for each prompt: (B, in_channels, H, W) in [-1, 1].
 
