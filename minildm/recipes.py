@@ -145,8 +145,8 @@ def first_stage_recipe(factor: int, kind: str) -> AutoencoderRecipe:
 RECIPES: dict[str, Recipe] = {
     "mnist-text": TextRecipe(
         config=LDMConfig(
-            autoencoder=AutoencoderConfig(latent_channels=4, channels=16, multipliers=(1, 2, 2), groups=4, patch=2),
-            unet=UNetConfig(4, 4, 48, (1, 1), 1, (True, False), ff_multiplier=2, context_dim=64, groups=8),
+            autoencoder=AutoencoderConfig(latent_channels=3, channels=16, multipliers=(1, 2, 2), groups=4, patch=2),
+            unet=UNetConfig(3, 3, 64, (1, 1), 1, (True, False), ff_multiplier=2, context_dim=64, groups=8),
             schedule="cosine",
             target="v",
         ),
