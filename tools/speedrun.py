@@ -31,12 +31,13 @@ CHANGES = {
     "rate 2e-2": {"stage": {"lr": 2e-2}},
     "one text layer": {"config": {"text_depth": 1}},
     "32 channels": {"unet": {"channels": 32}},
-    "64 channels": {"unet": {"channels": 64}},
+    "48 channels": {"unet": {"channels": 48}},
     "one level": {"unet": {"multipliers": (1,), "attention": (True,)}},
     "twice as wide at 2x2": {"unet": {"multipliers": (1, 2)}},
     "min-SNR 5": {"loss": {"min_snr": 5.0}},
     "more steps of middle noise": {"loss": {"spread": 1.0}},
     "steps drawn alone": {"loss": {"even": False}},
+    "linear schedule": {"config": {"schedule": "linear"}},
 }
 
 
