@@ -11,10 +11,10 @@ import torch
 
 from minildm import experiments, recipes
 from minildm.__main__ import main
-from minildm.data import DIGIT_NAMES, data_root, seeded, to_float
+from minildm.data import DIGIT_NAMES, data_root, seeded, sha256, to_float
 from minildm.diffusion import make_schedule
 from minildm.experiments import EXPERIMENTS, common, first_stage, guidance, pixel_latent, reuse, scaling, steps
-from minildm.pipeline import LatentDiffusion, SecondStage
+from minildm.pipeline import LatentDiffusion, SecondStage, weights_root
 
 RESULTS = sorted((data_root() / "results").glob("*.json"))
 FIGURES = {"samples", "accuracy", "thickness_accuracy", "slant_accuracy", "frechet_distance", "kid", "kid_error"}
@@ -101,7 +101,7 @@ def test_first_stage(run, monkeypatch, nothing_again, capsys):
     assert run("first-stage", "--seconds", 0.5, "--samples", 40) == result
     capsys.readouterr()
     assert run("first-stage", "--seconds", 2, "--samples", 40) is None
-    assert "other settings" in capsys.readouterr().err
+    assert "other settings or weights" in capsys.readouterr().err
 
 
 def test_guidance(run, monkeypatch, nothing_again, capsys):
@@ -124,7 +124,7 @@ def test_guidance(run, monkeypatch, nothing_again, capsys):
     nothing_again()
     assert run("guidance", "--samples", 40) == result
     assert run("guidance", "--samples", 50) is None
-    assert "other settings" in capsys.readouterr().err
+    assert "other settings or weights" in capsys.readouterr().err
 
 
 def test_steps(run, monkeypatch, nothing_again):
@@ -317,3 +317,9 @@ def test_each_result_names_the_command_that_makes_it(path):
     assert EXPERIMENTS[name].options(name, {"seconds": None, "samples": None} | options) == options
     assert about["experiment"] == name
     assert about["wall_clock"] > 0
+
+
+@pytest.mark.parametrize("name", ["guidance", "steps"])
+def test_what_was_measured_on_samples_was_measured_with_the_weights_that_are_shipped(name):
+    about = json.loads((data_root() / "results" / f"{name}.json").read_text())["about"]
+    assert about["weights"] == sha256(weights_root() / "mnist-text" / "model.safetensors")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from minildm.data import pick_device, write_atomically
+from minildm.data import pick_device, sha256, write_atomically
 from minildm.experiments import first_stage, guidance, peers, pixel_latent, reuse, scaling, steps
 from minildm.experiments.common import SEED, kept
+from minildm.pipeline import read_model
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,18 @@ def run_experiment(name: str, out: Path, work: Path, seconds: float | None = Non
     """Run one of EXPERIMENTS and write its result with seed, machine and time to `out`; goes on from what `work` keeps.
 
     Raises ValueError for an unknown name, an option out of range or not taken, or a folder that keeps parts of a run
-    with other settings.
+    with other settings or weights.
     """
     if name not in EXPERIMENTS:
         raise ValueError(f'there is no experiment "{name}": choose one of {", ".join(EXPERIMENTS)}.')
     options = EXPERIMENTS[name].options(name, {"seconds": seconds, "samples": samples})
-    settings = {"experiment": name, **options, "seed": SEED}
+    shipped = read_model("mnist-text")[2]
+    settings = {"experiment": name, **options, "seed": SEED, "weights": sha256(shipped)}
     before = kept(work / "settings.json", lambda: settings)
     if {key: value for key, value in before.items() if key != "wall_clock"} != settings:
-        raise ValueError(f"{work} keeps parts of a run with other settings: give another folder with --work.")
+        raise ValueError(
+            f"{work} keeps parts of a run with other settings or weights: give another folder with --work."
+        )
     result = EXPERIMENTS[name].run(work, **options)
     about = settings | {
         "command": " ".join([f"python -m minildm experiment {name}", *(f"--{k} {v:g}" for k, v in options.items())]),
