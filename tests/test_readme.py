@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def read(path: str) -> dict:
     """A JSON file in data/, or nothing where the file is not there."""
     file = ROOT / "data" / path
-    return json.loads(file.read_text()) if file.exists() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 METRICS, CARD = read("weights/mnist-text/metrics.json"), read("weights/mnist-text/card.json")
