@@ -45,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_interval(sample)
     sample.add_argument("--sampler", default="ddim", help="ddim, ddpm or dpm++")
     sample.add_argument("--eta", type=float, default=0.0, help="share of DDPM's noise in ddim, 0 to 1")
-    sample.add_argument("--init", type=Path, help="start from this picture (image to image)")
-    sample.add_argument("--strength", type=float, default=0.6, help="how much of it to redo, up to 1")
+    sample.add_argument("--init", type=Path, help="start from this picture, light on dark (image to image)")
+    sample.add_argument("--strength", type=float, help="how much of it to redo, up to 1 (default 0.6)")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", type=Path, default=Path("sample.png"))
 
@@ -58,14 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--out", type=Path, help="folder of the run (default runs/RECIPE)")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
-    evaluate = commands.add_parser("evaluate", help="measure a model and write metrics.json beside it")
+    evaluate = commands.add_parser("evaluate", help="measure a model and write its figures")
     evaluate.add_argument("model", help="a shipped name or a folder")
     evaluate.add_argument("--samples", type=int, default=10_000)
     evaluate.add_argument("--steps", type=int, default=20)
     evaluate.add_argument("--guidance-scale", type=float, default=2.0)
     add_interval(evaluate)
     evaluate.add_argument("--sampler", default="ddim", help="ddim, ddpm or dpm++")
-    evaluate.add_argument("--out", type=Path, help="the file to write (default metrics.json in the model's folder)")
+    evaluate.add_argument("--out", type=Path, help="default metrics.json in the folder, or runs/evaluate/NAME.json")
 
     experiment = commands.add_parser("experiment", help="one of the paper's experiments in miniature")
     experiment.add_argument("name", nargs="?", help="which one; without a name, list them")
@@ -120,6 +120,10 @@ def run_sample(args: argparse.Namespace) -> None:
 
     if args.count < 1:
         raise ValueError(f"--count must be at least 1, not {args.count}.")
+    if args.strength is not None and args.init is None:
+        raise ValueError("--strength says how much of a picture to redo: give the picture with --init.")
+    if args.eta and args.sampler != "ddim":
+        raise ValueError(f"--eta belongs to ddim, not to {args.sampler}: leave it out.")
     model = LatentDiffusion.from_pretrained(args.model).to(pick_device())
     images = model.sample(
         [prompt for prompt in args.prompts for _ in range(args.count)],
@@ -129,8 +133,8 @@ def run_sample(args: argparse.Namespace) -> None:
         seed=args.seed,
         sampler=args.sampler,
         eta=args.eta,
-        init=load_png(args.init, model.config.image_size) if args.init else None,
-        strength=args.strength,
+        init=load_png(args.init, model.config.image_size, model.config.autoencoder.in_channels) if args.init else None,
+        strength=0.6 if args.strength is None else args.strength,
     )
     save_png(images, args.out, columns=args.count)
     print(f"wrote {args.out}")
@@ -162,7 +166,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     """Measure a text-to-image model or a first stage; print the figures and write them as JSON."""
     from minildm import recipes
     from minildm.data import pick_device, write_atomically
-    from minildm.pipeline import LatentDiffusion, weights_root
+    from minildm.pipeline import LatentDiffusion
 
     device, judge = pick_device(), recipes.load_judge()
     if recipes.is_first_stage(args.model):
@@ -171,17 +175,20 @@ def run_evaluate(args: argparse.Namespace) -> None:
     else:
         model = LatentDiffusion.from_pretrained(args.model).to(device)
         sampling = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
-        if (interval := tuple(args.guidance_interval)) != (0, math.inf):
-            sampling["guidance_interval"] = interval
+        low, high = args.guidance_interval
+        if (low, high) != (0, math.inf):
+            sampling["guidance_interval"] = (low, min(high, len(model.schedule)))  # JSON has no infinity
         figures = recipes.evaluate(model, judge, args.samples, **sampling)
     for name, value in figures.items():
         print(f"{name:28} {value:10.4g}")
-    folder = Path(args.model) if Path(args.model).is_dir() else weights_root() / args.model
+    folder = Path(args.model)
+    beside = (folder / "config.json").exists()  # the model is the folder's, and no shipped one of that name
+    path = args.out or (folder / "metrics.json" if beside else Path("runs") / "evaluate" / f"{args.model}.json")
     metrics = sampling | {k: round(v, 6) for k, v in figures.items()}
-    path = args.out or folder / "metrics.json"
     write_atomically(path, lambda file: file.write_text(json.dumps(metrics, indent=1)))
-    if args.out is None:
+    if args.out is None and beside:
         recipes.add_to_card(folder, metrics)
+    print(f"wrote {path}")
 
 
 def run_experiment(args: argparse.Namespace) -> None:
@@ -217,16 +224,19 @@ def main(arguments: list[str] | None = None) -> int:
         "experiment": run_experiment,
         "bench": run_bench,
     }
+    from safetensors import SafetensorError
+
     from minildm.data import DataError
 
     try:
         command[args.command](args)
-    except (DataError, ValueError) as error:
+    except (DataError, ValueError, FloatingPointError) as error:
         print(error, file=sys.stderr)
         return 2
-    except OSError as error:
-        name = error.filename2 or error.filename  # the second is where a file was to be renamed to
-        print(f"{name} cannot be opened or written ({error.strerror}): choose another place.", file=sys.stderr)
+    except (OSError, SafetensorError) as error:  # the second where weights cannot be written
+        name = getattr(error, "filename2", None) or getattr(error, "filename", None) or "A file"  # where it was to go
+        why = getattr(error, "strerror", None) or error
+        print(f"{name} cannot be opened or written ({why}): choose another place.", file=sys.stderr)
         return 2
     return 0
 

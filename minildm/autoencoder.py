@@ -264,7 +264,7 @@ class Autoencoder(nn.Module):
 
     @property
     def last_layer(self) -> torch.Tensor:
-        """The weights of the decoder's last convolution, (in_channels, channels, 3, 3)."""
+        """The weights of the decoder's last convolution, (in_channels · patch², channels · multipliers[0], 3, 3)."""
         return self.decoder.conv_out.weight
 
     def latent(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """How fast this machine trains and samples, measured in one run: `python -m minildm bench`."""
 
-import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -41,6 +41,15 @@ def convolution_throughput(batch: int = 128, channels: int = 128, size: int = 8)
     return 3 * 2 * batch * size**2 * channels**2 * 9 / seconds / 1e9
 
 
+def peak_megabytes() -> float:
+    """The most memory that this process has held (Linux counts kilobytes, macOS bytes); nan on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def stage_step(model, loss_fn: Callable, lr: float) -> Callable[[], object]:
     """One whole training step (loss, gradients, optimiser, EMA) as a function to time."""
     steps = train(start_muon(model.requires_grad_(True), lr, seed=0), loss_fn, Budget(steps=10_000), lr)
@@ -72,7 +81,7 @@ def run() -> dict[str, float]:
         f"first stage, steps/s (batch {recipe.first.batch_size})": 1 / first_seconds,
         f"second stage, steps/s (batch {recipe.second.batch_size})": 1 / second_seconds,
         "sampling, images/s (16 at once, 20 DDIM steps, w = 2)": 16 / sampling,
-        "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak memory, MB": peak_megabytes(),
         "3x3 convolution, GFLOP/s": peak,
         "second stage, GFLOP/s": reached,
         "second stage, share of the convolution's": reached / peak,

@@ -36,7 +36,7 @@ def pick_device() -> torch.device:
 def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A random generator of its own: everything random in minildm draws from one of these.
 
-    Raises ValueError when the seed is not a whole number of at most 64 bits.
+    Raises ValueError when the seed does not fit in 64 bits.
     """
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be between -2^63 and 2^64 - 1, not {seed}.")
@@ -77,6 +77,9 @@ def sha256(path: Path) -> str:
 def write_atomically(path: Path, write) -> None:
     """Call `write(temporary_path)`, then rename: the file is there whole or not at all."""
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path  # the file behind a link
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} is no ordinary file: choose another place.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -267,7 +270,8 @@ def drop_words(captions: list[str], generator: torch.Generator, p_word: float = 
     Each word goes with probability `p_word`, the whole caption with `p_all` (for classifier-free guidance), and half of
     the digit names are written as figures.
     """
-    draws = torch.rand(len(captions), 8, generator=generator).tolist()
+    longest = max([6, *(len(caption.split()) for caption in captions)])
+    draws = torch.rand(len(captions), 2 + longest, generator=generator).tolist()
     return [
         " ".join(_thin_out(caption.split(), draw, p_word, p_all)) for caption, draw in zip(captions, draws, strict=True)
     ]

@@ -225,6 +225,10 @@ def unet_config_from_diffusers(values: dict) -> UNetConfig:
     sizes = {width // n for width, n in zip(widths, heads, strict=True)}
     if len(set(heads)) > 1 and len(sizes) > 1:
         raise DataError(f"attention_head_dim is {heads}: minildm's levels have one number or one size of heads.")
+    depth = values.get("transformer_layers_per_block", 1)
+    depths = set(depth) if isinstance(depth, list) else {depth}
+    if len(depths) > 1:
+        raise DataError(f"transformer_layers_per_block is {depth}: minildm's levels have one number of layers.")
     return UNetConfig(
         values["in_channels"],
         values["out_channels"],
@@ -233,7 +237,7 @@ def unet_config_from_diffusers(values: dict) -> UNetConfig:
         values["layers_per_block"],
         tuple(kind == "CrossAttnDownBlock2D" for kind in values["down_block_types"]),
         context_dim=values["cross_attention_dim"],
-        depth=values.get("transformer_layers_per_block", 1),
+        depth=depths.pop(),
         ff_multiplier=values.get("ff_multiplier", 4),
         groups=values["norm_num_groups"],
         **({"heads": heads[0]} if len(set(heads)) == 1 else {"head_size": sizes.pop()}),
@@ -452,7 +456,7 @@ def from_diffusers(
         raise DataError(f"{folder} holds a {kind}: minildm reads {', '.join(readers)}.")
     try:
         config = readers[kind](values)
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / 'config.json'} describes no model of minildm: {error}") from None
     path = folder / "diffusion_pytorch_model.safetensors"
     return _from_diffusers_weights(read_safetensors(path)[0], config, path)

@@ -44,6 +44,10 @@ class LDMConfig:
     image_size: int = 32
 
     def __post_init__(self):
+        if self.target not in ("eps", "x0", "v"):
+            raise ValueError(f'target must be "eps", "x0" or "v", not "{self.target}".')
+        if self.unet.context_dim is None or self.unet.context_dim % 4:
+            raise ValueError(f"context_dim must be a multiple of 4, a part for each head, not {self.unet.context_dim}.")
         if self.image_size < 1 or self.image_size % self.autoencoder.factor:
             f = self.autoencoder.factor
             raise ValueError(f"image_size must be a multiple of the compression factor {f}, not {self.image_size}.")
@@ -116,6 +120,9 @@ class LatentDiffusion(nn.Module):
 
     def __init__(self, config: LDMConfig):
         super().__init__()
+        channels = config.autoencoder.latent_channels
+        if not config.unet.in_channels == config.unet.out_channels == channels:
+            raise ValueError(f"the UNet must take and give {channels} channels, as many as the latents have.")
         self.config = config
         self.tokenizer = Tokenizer(config.words)
         self.autoencoder = make_autoencoder(config.autoencoder)
@@ -177,7 +184,8 @@ class LatentDiffusion(nn.Module):
                 raise ValueError(f"strength must be above 0 and at most 1, not {strength}.")
             if len(init) not in (1, len(prompts)):
                 raise ValueError(f"init must be one image, or {len(prompts)}, one for each prompt, not {len(init)}.")
-            order = order[-math.ceil(strength * steps) :]
+            walked = max(1, math.ceil(strength * steps - 1e-9))  # 0.28 · 25 is a little above 7 for a computer
+            order = order[-walked:]
             x = self.schedule.add_noise(self.encode(init).expand_as(x), order[0], x)
         for z in sample(denoise, self.schedule, x, order, generator, sampler, eta):
             x = z

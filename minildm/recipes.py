@@ -172,22 +172,21 @@ def find_recipe(name: str) -> Recipe:
 def run_stage(
     name: str, state: TrainState, loss_fn: Callable, budget: Budget, lr: float, checkpoint: Path, resume: bool
 ) -> None:
-    """Train one stage with a progress line, a checkpoint every 20 seconds and at the end; goes on from it on resume."""
+    """Train one stage with a progress line, a checkpoint every 20 seconds and at the end; goes on from it on resume.
+
+    An interruption saves nothing: it may come in the middle of a step, when half of the state is that of the next one.
+    """
     if resume and checkpoint.exists():
         load_checkpoint(state, checkpoint)
     live, saved, shown = sys.stdout.isatty(), time.monotonic(), 0.0
-    try:
-        for _ in train(state, loss_fn, budget, lr):
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save_checkpoint(state, checkpoint)
-                saved = time.monotonic()
-            done = budget.progress(state.step, state.elapsed)
-            if done >= shown + (0.002 if live else 0.1):
-                print(progress_line(name, state, budget), end="\r" if live else "\n", flush=True)
-                shown = done
-    except KeyboardInterrupt:
-        save_checkpoint(state, checkpoint)
-        raise
+    for _ in train(state, loss_fn, budget, lr):
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            save_checkpoint(state, checkpoint)
+            saved = time.monotonic()
+        done = budget.progress(state.step, state.elapsed)
+        if done >= shown + (0.002 if live else 0.1):
+            print(progress_line(name, state, budget), end="\r" if live else "\n", flush=True)
+            shown = done
     save_checkpoint(state, checkpoint)
     if live:
         print(progress_line(name, state, budget), flush=True)
@@ -218,8 +217,9 @@ def start_run(out: Path, name: str, budget: Budget, resume: bool) -> dict:
 def train_recipe(name: str, out: Path | str, budget: Budget, resume: bool = False) -> Path:
     """Train a recipe from raw data within the budget (all stages together) and write the model into the folder `out`.
 
-    Killed at any moment, it goes on from its last checkpoint with `resume`, bit-exactly. The folder gets the weights,
-    config.json, a card.json that says how they were made, and the checkpoints.
+    Killed at any moment, it goes on from its last checkpoint with `resume`: bit-exactly where the budget counts steps;
+    one of seconds lets the clock set the learning rate. The folder gets the weights, config.json, a card.json that says
+    how they were made, and the checkpoints.
     """
     out, recipe = Path(out), find_recipe(name)
     start_run(out, name, budget, resume)
@@ -297,7 +297,7 @@ def train_text(recipe: TextRecipe, out: Path, budget: Budget, resume: bool) -> d
     start = time.monotonic() - first.elapsed - loading  # counts what a run that was killed had spent, too
     model.autoencoder.load_state_dict(first.ema.model.state_dict())
     captions = StrokeWords.measure(data.x_train, data.y_train).captions(data.x_train, data.y_train)
-    latents, spent = cached_latents(model, data.x_train, out, start)
+    latents, spent = cached_latents(model, data.x_train, out, start, resume)
 
     stage, second_stage = recipe.second, model.second_stage.requires_grad_(True)
     state = start_muon(second_stage, stage.lr, recipe.seed, stage.ema_decay)
@@ -328,13 +328,15 @@ def train_first_stage(
     return state
 
 
-def cached_latents(model: LatentDiffusion, images: torch.Tensor, out: Path, start: float) -> tuple[torch.Tensor, float]:
+def cached_latents(
+    model: LatentDiffusion, images: torch.Tensor, out: Path, start: float, resume: bool
+) -> tuple[torch.Tensor, float]:
     """Scaled latents (N, C, h, w) of uint8 images, encoded once, and the seconds spent since `start` by then.
 
-    The first call measures their mean and deviation and writes `latents.safetensors`; a later one reads all of it.
+    Writes them to `latents.safetensors`; a run to `resume` reads them from there. Sets their mean and deviation.
     """
     path = out / "latents.safetensors"
-    if not path.exists():
+    if not (resume and path.exists()):
         raw = encode_all(model.autoencoder, images)
         spent = {"spent": str(time.monotonic() - start)}
         write_atomically(path, lambda file: save_file({"raw": raw.contiguous()}, file, spent))
@@ -363,7 +365,10 @@ def add_to_card(folder: Path, metrics: dict) -> None:
     """Put the metrics of `evaluate` into the card.json of a folder, where there is one."""
     path = folder / "card.json"
     if path.exists():
-        card = json.loads(path.read_text()) | {"metrics": metrics}
+        try:
+            card = json.loads(path.read_text()) | {"metrics": metrics}
+        except (TypeError, ValueError):
+            raise DataError(f"{path} is damaged: restore it, or delete it and evaluate again.") from None
         write_atomically(path, lambda file: file.write_text(json.dumps(card, indent=1)))
 
 

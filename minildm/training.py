@@ -102,14 +102,14 @@ def train(state: TrainState, loss_fn: Callable, budget: Budget, lr: float, clip:
             group["lr"] = lr * warmup_cosine(progress)
         state.model.train()
         loss = loss_fn(state.model, state.generator)
+        if not torch.isfinite(loss):  # before it reaches the weights
+            raise FloatingPointError(f"the loss is {loss.item()} at step {state.step + 1}: lower the learning rate.")
         state.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(state.model.parameters(), clip)
         state.optimiser.step()
         state.ema.update(state.model)
         state.step, state.loss, state.elapsed = state.step + 1, loss.item(), time.perf_counter() - start
-        if not math.isfinite(state.loss):
-            raise FloatingPointError(f"the loss became {state.loss} at step {state.step}: lower the learning rate.")
         state.history.append(state.loss)
         yield state
 

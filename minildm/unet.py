@@ -140,11 +140,18 @@ class UNetConfig:
     head_size: int | None = None
 
     def __post_init__(self):
+        for name in ("in_channels", "out_channels", "channels", "res_blocks", "depth", "ff_multiplier", "groups"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers must be numbers of at least 1, not {self.multipliers}.")
         if len(self.attention) != len(self.multipliers):
             raise ValueError(f"attention {self.attention} must say yes or no for each of {self.multipliers}.")
         part, heads = self.heads, f"{self.heads} heads"
         if self.head_size is not None:
             part, heads = self.head_size, f"heads of {self.head_size}"
+        if part < 1:
+            raise ValueError(f"a level cannot have {heads}.")
         for width in {self.channels * m for m in self.multipliers}:
             if width % self.groups or width % part:
                 raise ValueError(f"{width} channels cannot be split into {self.groups} groups and {heads}.")

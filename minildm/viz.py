@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from minildm.data import DataError, to_float, to_uint8, write_atomically
 
@@ -91,13 +91,17 @@ def save_png(images: torch.Tensor, path: Path | str, columns: int = 10, zoom: in
 def load_png(path: Path | str, size: int = 32, channels: int = 1) -> torch.Tensor:
     """A picture file → (1, channels, size, size) in [-1, 1]: shrunk to fit if it is larger, centred on black.
 
-    Raises DataError when the file is missing or is no picture.
+    Transparent parts become black, too. Raises DataError when the file is missing, is no picture, or is too large.
     """
     try:
-        picture = Image.open(path).convert("L" if channels == 1 else "RGB")
+        picture = Image.open(path)
+        if picture.mode.startswith("I"):  # 16 bits, which `convert` would clip
+            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
+        picture = picture.convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: give the path of a picture file.") from None
-    except (UnidentifiedImageError, OSError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow says of damaged files
         raise DataError(f"{path} is not a picture that can be read: give a PNG or JPEG file.") from None
     picture.thumbnail((size, size))  # keeps the proportions and never enlarges
     canvas = Image.new(picture.mode, (size, size))

@@ -6,17 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
-from minildm import recipes
+from minildm import recipes, training
 from minildm.__main__ import main
 from minildm.pipeline import LatentDiffusion
-from minildm.training import save_checkpoint
 from minildm.viz import load_png, save_png
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,11 +97,12 @@ def test_train_and_evaluate_write_a_model_and_its_figures(tiny_recipe, tmp_path,
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics.keys() == tiny.figures(20) | {"steps", "guidance_scale", "sampler"}
     assert json.loads((folder / "card.json").read_text())["metrics"] == metrics
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(metrics)[3:]
-    options = ["--samples", "20", "--steps", "2", "--guidance-interval", "100", "700", "--out", "elsewhere.json"]
+    *shown, last = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown] == list(metrics)[3:] and last == f"wrote {folder / 'metrics.json'}"
+    options = ["--samples", "20", "--steps", "2", "--guidance-interval", "100", "inf", "--out", "elsewhere.json"]
     assert main(["evaluate", str(folder), *options]) == 0
     elsewhere = json.loads(Path("elsewhere.json").read_text())
-    assert elsewhere["sampler"] == "ddim" and elsewhere["guidance_interval"] == [100, 700]
+    assert elsewhere["sampler"] == "ddim" and elsewhere["guidance_interval"] == [100, 1000]
     assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
@@ -128,6 +130,8 @@ def test_train_and_evaluate_write_a_model_and_its_figures(tiny_recipe, tmp_path,
         (["7", "--init", "config.json"], "is not a picture that can be read: give a PNG"),
         (["7", "--init", "init.png", "--strength", "0"], "strength must be above 0"),
         (["7", "--init", "init.png", "--strength", "nan"], "strength must be above 0"),
+        (["7", "--strength", "0.5"], "give the picture with --init"),
+        (["7", "--sampler", "dpm++", "--eta", "0.5"], "--eta belongs to ddim, not to dpm++"),
         (["7", "--model", "mnist-txt"], 'there is no model "mnist-txt"'),
         (["7", "--model", "none/at/all"], 'there is no model "none/at/all"'),
         (["7", "--steps", "1", "--out", "config.json/x.png"], "cannot be opened or written"),
@@ -264,16 +268,73 @@ def test_a_damaged_run_is_refused(finished, refused, name, content, says):
     assert says in refused("train", "tiny", "--steps", "10", "--out", finished, "--resume")
 
 
-def test_ctrl_c_saves_a_checkpoint_and_names_the_way_on(tiny_recipe, tmp_path, monkeypatch):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
+def test_what_is_shipped_is_not_touched_by_measuring_it(tiny_recipe, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINILDM_DATA", str(tmp_path / "data"))
+    shipped = tmp_path / "data" / "weights" / "small"
+    tiny_model.save_pretrained(shipped)
+    (shipped / "card.json").write_text("{}")
+    Path("small").mkdir()  # a folder of that name is not the model
+    before = {path.name: path.read_bytes() for path in shipped.iterdir()}
+    assert main(["evaluate", "small", "--samples", "20", "--steps", "1"]) == 0
+    assert {path.name: path.read_bytes() for path in shipped.iterdir()} == before and not list(Path("small").iterdir())
+    assert json.loads(Path("runs/evaluate/small.json").read_text())["samples"] == 20
 
-    saved = []
-    monkeypatch.setattr(recipes, "progress_line", interrupted)
-    monkeypatch.setattr(recipes, "save_checkpoint", lambda *args: saved.append(args) or save_checkpoint(*args))
+
+def test_a_damaged_card_is_named(finished, refused):
+    (finished / "card.json").write_text("{")
+    assert "card.json is damaged: restore it" in refused("evaluate", finished, "--samples", 20, "--steps", 1)
+
+
+@pytest.mark.parametrize("moment", ["EMA.update", "save_checkpoint"])
+def test_a_run_interrupted_anywhere_ends_with_the_same_bytes(tiny_recipe, tmp_path, monkeypatch, moment):
+    """Ctrl-C in the middle of a step or of saving, in the second stage: nothing of the torn step is kept."""
+    monkeypatch.setattr(recipes, "CHECKPOINT_SECONDS", 0)
+    whole, torn, calls = tmp_path / "whole", tmp_path / "torn", []
+    assert main(["train", "tiny", "--steps", "20", "--out", str(whole)]) == 0
+    owner, name = (training.EMA, "update") if moment == "EMA.update" else (recipes, "save_checkpoint")
+    original = getattr(owner, name)
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 15:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(SystemExit, match="--resume --out"):
-        main(["train", "tiny", "--steps", "10", "--out", str(tmp_path / "run")])
-    assert len(saved) == 1 and (tmp_path / "run" / "first_stage.safetensors").exists()
+        main(["train", "tiny", "--steps", "20", "--out", str(torn)])
+    assert not (torn / "model.safetensors").exists()
+    assert main(["train", "tiny", "--steps", "20", "--out", str(torn), "--resume"]) == 0
+    assert (torn / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_new_run_does_not_take_the_latents_of_an_old_one(tiny_recipe, tmp_path, monkeypatch):
+    fresh, reused = tmp_path / "fresh", tmp_path / "reused"
+    assert main(["train", "tiny", "--steps", "10", "--out", str(reused)]) == 0
+    (reused / "run.json").unlink()
+    monkeypatch.setitem(recipes.RECIPES, "tiny", replace(tiny.RECIPE, seed=5))
+    for out in (fresh, reused):
+        assert main(["train", "tiny", "--steps", "10", "--out", str(out)]) == 0
+    assert (reused / "model.safetensors").read_bytes() == (fresh / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OSError(28, "No space left on device"), "A file cannot be opened or written (No space left on device)"),
+        (SafetensorError("I/O error: no space"), "A file cannot be opened or written (I/O error: no space)"),
+        (FloatingPointError("the loss is nan at step 3: lower the learning rate."), "the loss is nan at step 3"),
+    ],
+)
+def test_a_full_disk_and_a_loss_that_explodes_end_with_one_sentence(
+    tiny_recipe, tmp_path, monkeypatch, refused, error, says
+):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(recipes, "save_checkpoint", fail)
+    assert says in refused("train", "tiny", "--steps", "10", "--out", tmp_path / "run")
 
 
 def kill_once(path: Path, *arguments) -> None:
@@ -287,6 +348,7 @@ def kill_once(path: Path, *arguments) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="a process cannot be killed like this")
 def test_a_run_killed_twice_ends_with_the_same_bytes_as_one_that_was_not(tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     command = ["train", "tiny", "--steps", 60]

@@ -251,6 +251,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to("file")
+    data.write_atomically(tmp_path / "link", lambda file: file.write_text("new"))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="no ordinary file: choose another place"):
+        data.write_atomically(tmp_path / "pipe", lambda file: file.write_text("new"))
+    assert not (tmp_path / "pipe").is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process cannot be copied")
 def test_a_process_killed_while_it_writes_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
@@ -366,6 +381,14 @@ def test_words_are_dropped_as_often_as_asked():
     assert sum(not words for words in left) / n == pytest.approx(0.1 + 0.9 * 0.2**3, abs=0.01)
 
 
+def test_long_captions_keep_their_last_word():
+    seven_words = "a thick thick thick thick upright 7"
+    assert drop_words([seven_words], seeded(0), 0, 0) == [seven_words]
+    long = " ".join(["thin"] * 20 + ["3"])
+    assert drop_words([long, "3", ""], seeded(0), 0, 0) == [long, "3", ""]
+    assert drop_words([], seeded(0)) == []
+
+
 def test_dropping_nothing_or_everything():
     assert set(drop_words([CAPTION] * 50, seeded(0), p_word=0, p_all=0)) == {CAPTION, "an upright 8"}
     assert set(drop_words([CAPTION] * 50, seeded(0), p_all=1)) == {""}
@@ -409,6 +432,28 @@ def test_a_picture_that_is_too_large_is_shrunk_to_fit(tmp_path):
 def test_zoom_repeats_pixels(tmp_path):
     viz.save_png(torch.tensor([[[[-1.0, 1.0]]]]), tmp_path / "p.png", zoom=2)
     assert np.array(Image.open(tmp_path / "p.png").convert("L")).tolist() == [[0, 0, 255, 255]] * 2
+
+
+def test_transparent_parts_of_a_picture_are_black(tmp_path):
+    pixels = np.zeros((32, 32, 4), dtype=np.uint8)
+    pixels[:, :16] = (255, 255, 255, 255)
+    pixels[:, 16:] = (255, 255, 255, 0)  # white where it is transparent
+    Image.fromarray(pixels).save(tmp_path / "p.png")
+    assert (viz.load_png(tmp_path / "p.png")[0, 0, 0] == torch.tensor([1.0] * 16 + [-1.0] * 16)).all()
+
+
+def test_a_picture_of_16_bits_keeps_its_greys(tmp_path):
+    levels = np.linspace(0, 65535, 32).astype(np.uint16)
+    Image.fromarray(np.tile(levels, (32, 1))).save(tmp_path / "p.png")
+    read = viz.load_png(tmp_path / "p.png")[0, 0, 0]
+    assert torch.allclose(read, torch.linspace(-1, 1, 32), atol=2 / 255)
+
+
+def test_a_picture_too_large_to_be_one_is_refused(tmp_path, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "p.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice as many
+    with pytest.raises(DataError, match="not a picture that can be read"):
+        viz.load_png(tmp_path / "p.png")
 
 
 def test_missing_and_broken_pictures_are_refused(tmp_path):

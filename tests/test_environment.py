@@ -12,10 +12,11 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DIRECT = {*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)}
-LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+LINES = [line for line in CONSTRAINTS.splitlines() if line and not line.startswith("#")]
 PINS = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LINES)}
 
 
@@ -41,7 +42,7 @@ def test_every_direct_dependency_is_pinned_within_its_range(line):
 
 
 def test_conda_installs_the_project_and_holds_no_versions_of_its_own():
-    python, pip, from_pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    python, pip, from_pip = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
     assert pip == "pip"
     assert from_pip == {"pip": ["-c constraints.txt", "-e .[lab,test]"]}
     version = re.fullmatch(r"python=(\d+\.\d+)", python)[1]
@@ -49,6 +50,6 @@ def test_conda_installs_the_project_and_holds_no_versions_of_its_own():
 
 
 def test_the_makefile_installs_what_conda_installs():
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "--constraint constraints.txt" in makefile
     assert "--editable '.[lab,test]'" in makefile

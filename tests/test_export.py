@@ -109,10 +109,10 @@ def test_one_notebook_can_export_two_modules(tmp_path):
     export.export(tmp_path)
     assert export.module_numbers(tmp_path) == {"unet": 3, "losses": 3}
     header = "# Exported from notebooks/03_unet.ipynb by tools/export.py: edit the notebook, not this file.\n"
-    assert (tmp_path / "minildm" / "unet.py").read_text() == (
+    assert (tmp_path / "minildm" / "unet.py").read_text(encoding="utf-8") == (
         header + '"""Predicts the noise."""\n\nimport torch\n\n\ndef f():\n    return 1\n'
     )
-    assert (tmp_path / "minildm" / "losses.py").read_text() == (
+    assert (tmp_path / "minildm" / "losses.py").read_text(encoding="utf-8") == (
         header + '"""What it minimises."""\n\nimport math\n\n\ndef g():\n    return 2\n'
     )
     assert (tmp_path / "minildm" / "__init__.py").exists()

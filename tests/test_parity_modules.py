@@ -401,6 +401,8 @@ def test_wrong_keys_are_named(model, how, says, tmp_path):
         ({"attention_head_dim": [1, 8]}, "one number or one size of heads"),
         ({"block_out_channels": [8, 12]}, "a multiple of the first level's 8"),
         ({"norm_num_groups": 3}, "cannot be split into 3 groups"),
+        ({"norm_num_groups": None}, "describes no model of minildm"),
+        ({"transformer_layers_per_block": [1, 2]}, "one number of layers"),
         (
             {"_class_name": "UNet2DModel"},
             "holds a UNet2DModel: minildm reads UNet2DCond.*, AutoencoderKL, VQModel",
@@ -414,6 +416,14 @@ def test_foreign_configurations_are_refused(change, says, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
     with pytest.raises(DataError, match=says):
         from_diffusers(tmp_path)
+
+
+def test_layers_listed_for_each_level_are_read(tmp_path):
+    unet = UNet(UNetConfig(3, 3, 8, (1, 2), heads=2, context_dim=5, groups=4, depth=2))
+    to_diffusers(unet, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text()) | {"transformer_layers_per_block": [2, 2]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert from_diffusers(tmp_path).config == unet.config
 
 
 @pytest.mark.parametrize("patch", [0, 3])

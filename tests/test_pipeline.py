@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from minildm import metrics, recipes
+from minildm import metrics, pipeline, recipes
 from minildm.conditioning import PromptError
 from minildm.data import DIGIT_NAMES, MNIST_SHA256, DataError, drop_words, seeded, to_float
 from minildm.diffusion import diffusion_loss
@@ -204,6 +204,36 @@ def test_a_saved_model_comes_back_whole(tiny_model, tiny_folder):
     assert torch.equal(back.sample(PROMPTS, steps=3), tiny_model.sample(PROMPTS, steps=3))
     assert not back.training and not any(p.requires_grad for p in back.parameters())
     assert sorted(file.name for file in tiny_folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"target": "noise"}, 'target must be "eps", "x0" or "v", not "noise"'),
+        ({"unet": replace(tiny.CONFIG.unet, in_channels=3)}, "must take and give 4 channels"),
+        ({"unet": replace(tiny.CONFIG.unet, out_channels=3)}, "must take and give 4 channels"),
+        ({"unet": replace(tiny.CONFIG.unet, context_dim=6)}, "context_dim must be a multiple of 4"),
+        ({"unet": replace(tiny.CONFIG.unet, context_dim=None)}, "context_dim must be a multiple of 4"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused_at_construction(change, says):
+    with pytest.raises(ValueError, match=says):
+        LatentDiffusion(replace(tiny.CONFIG, **change))
+
+
+@pytest.mark.parametrize(
+    "strength, steps, walked", [(0.28, 25, 7), (0.14, 50, 7), (0.6, 20, 12), (0.61, 20, 13), (1e-12, 5, 1), (1, 5, 5)]
+)
+def test_strength_is_the_share_of_the_steps_that_are_walked(tiny_model, monkeypatch, strength, steps, walked):
+    orders = []
+
+    def recorded(denoise, schedule, x, order, *others):
+        orders.append(order)
+        return iter([x])
+
+    monkeypatch.setattr(pipeline, "sample", recorded)
+    tiny_model.sample(["7"], steps=steps, init=torch.zeros(1, 1, 32, 32), strength=strength)
+    assert [len(order) for order in orders] == [walked]
 
 
 def test_a_config_survives_json():

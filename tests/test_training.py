@@ -121,6 +121,14 @@ def test_a_loss_that_is_not_finite_stops_the_training():
         run(line_state(), lambda model, _: model.weight.sum() * math.nan)
 
 
+def test_a_loss_that_is_not_finite_never_reaches_the_weights():
+    state = line_state()
+    before = state.model.weight.detach().clone()
+    with pytest.raises(FloatingPointError):
+        run(state, lambda model, _: model.weight.sum() * math.inf)
+    assert torch.equal(state.model.weight, before) and torch.equal(state.ema.model.weight, before) and state.step == 0
+
+
 def test_same_seed_same_training():
     first, second, other = run(line_state(seed=1)), run(line_state(seed=1)), run(line_state(seed=2))
     assert first.history == second.history != other.history

@@ -258,6 +258,12 @@ def test_a_context_is_wanted_exactly_when_there_is_cross_attention(toy):
         ({"attention": (True,)}, "must say yes or no for each"),
         ({"groups": 3}, "cannot be split into 3 groups"),
         ({"heads": 5}, "cannot be split into .* 5 heads"),
+        ({"heads": 0}, "cannot have 0 heads"),
+        ({"head_size": 0}, "cannot have heads of 0"),
+        ({"groups": 0}, "groups must be at least 1, not 0"),
+        ({"depth": -1}, "depth must be at least 1, not -1"),
+        ({"multipliers": (), "attention": ()}, "multipliers must be numbers of at least 1"),
+        ({"multipliers": (1, 0)}, "multipliers must be numbers of at least 1"),
     ],
 )
 def test_impossible_configurations_are_refused(values, says):

@@ -12,7 +12,17 @@ import torch
 from torch import nn
 
 from minildm.conditioning import Tokenizer
-from minildm.data import ImageData, StrokeWords, drop_words, load_mnist, pick_device, seeded, to_float, write_atomically
+from minildm.data import (
+    DataError,
+    ImageData,
+    StrokeWords,
+    drop_words,
+    load_mnist,
+    pick_device,
+    seeded,
+    to_float,
+    write_atomically,
+)
 from minildm.diffusion import diffusion_loss, make_schedule
 from minildm.judge import frechet_distance, predict
 from minildm.metrics import Reference, measure
@@ -32,7 +42,10 @@ def kept(path: Path, measure: Callable[[], dict]) -> dict:
         start = time.monotonic()
         result = measure() | {"wall_clock": round(time.monotonic() - start)}
         write_atomically(path, lambda file: file.write_text(json.dumps(result, indent=1)))
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise DataError(f"{path} is damaged: delete it and measure that part again.") from None
 
 
 def captioned_mnist() -> tuple[ImageData, StrokeWords]:
