@@ -120,9 +120,6 @@ class LatentDiffusion(nn.Module):
 
     def __init__(self, config: LDMConfig):
         super().__init__()
-        channels = config.autoencoder.latent_channels
-        if not config.unet.in_channels == config.unet.out_channels == channels:
-            raise ValueError(f"the UNet must take and give {channels} channels, as many as the latents have.")
         self.config = config
         self.tokenizer = Tokenizer(config.words)
         self.autoencoder = make_autoencoder(config.autoencoder)

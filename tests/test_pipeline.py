@@ -210,15 +210,13 @@ def test_a_saved_model_comes_back_whole(tiny_model, tiny_folder):
     "change, says",
     [
         ({"target": "noise"}, 'target must be "eps", "x0" or "v", not "noise"'),
-        ({"unet": replace(tiny.CONFIG.unet, in_channels=3)}, "must take and give 4 channels"),
-        ({"unet": replace(tiny.CONFIG.unet, out_channels=3)}, "must take and give 4 channels"),
         ({"unet": replace(tiny.CONFIG.unet, context_dim=6)}, "context_dim must be a multiple of 4"),
         ({"unet": replace(tiny.CONFIG.unet, context_dim=None)}, "context_dim must be a multiple of 4"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused_at_construction(change, says):
     with pytest.raises(ValueError, match=says):
-        LatentDiffusion(replace(tiny.CONFIG, **change))
+        replace(tiny.CONFIG, **change)
 
 
 @pytest.mark.parametrize(
