@@ -69,6 +69,7 @@ from minildm.unet import UNetConfig
 
 CHECKPOINT_SECONDS = 20
 SAVING_SECONDS = 6  # set aside of a budget in minutes for the imports and for writing the model
+ON_THE_WAY = ("checkpoint", "first_stage", "second_stage", "latents")  # what a run keeps to go on from
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ def run_stage(
 def start_run(out: Path, name: str, budget: Budget, resume: bool) -> dict:
     """Make the output folder and its run.json, or check that a run to resume is of the same recipe and budget.
 
+    A new run removes what an old one without its run.json has left to go on from: a resume would take it for its own.
     Raises ValueError when the folder holds another run, or one and resume is not set; DataError when there is none.
     """
     plan = {"recipe": name, "steps": budget.steps, "seconds": budget.seconds}
@@ -210,6 +212,10 @@ def start_run(out: Path, name: str, budget: Budget, resume: bool) -> dict:
             raise ValueError(f"{out} holds a run of {before}, not of {plan}: resume with the same recipe and budget.")
     elif path.exists():
         raise ValueError(f"{out} already holds a run: add --resume to go on with it, or give another folder.")
+    else:
+        for part in ON_THE_WAY:
+            if (left := out / f"{part}.safetensors").exists():
+                left.unlink()
     write_atomically(path, lambda file: file.write_text(json.dumps(plan)))
     return plan
 

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -309,13 +310,19 @@ def test_a_run_interrupted_anywhere_ends_with_the_same_bytes(tiny_recipe, tmp_pa
     assert (torn / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_a_new_run_does_not_take_the_latents_of_an_old_one(tiny_recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_new_run_takes_nothing_of_an_old_one(tiny_recipe, tmp_path, monkeypatch, interrupted):
     fresh, reused = tmp_path / "fresh", tmp_path / "reused"
-    assert main(["train", "tiny", "--steps", "10", "--out", str(reused)]) == 0
+    train = ["train", "tiny", "--steps", "10", "--out"]
+    assert main([*train, str(reused)]) == 0
     (reused / "run.json").unlink()
     monkeypatch.setitem(recipes.RECIPES, "tiny", replace(tiny.RECIPE, seed=5))
-    for out in (fresh, reused):
-        assert main(["train", "tiny", "--steps", "10", "--out", str(out)]) == 0
+    assert main([*train, str(fresh)]) == 0
+    if interrupted:  # before the new run has saved anything
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="--resume --out"):
+            patch.setattr(recipes, "run_stage", Mock(side_effect=KeyboardInterrupt))
+            main([*train, str(reused)])
+    assert main([*train, str(reused), *["--resume"] * interrupted]) == 0
     assert (reused / "model.safetensors").read_bytes() == (fresh / "model.safetensors").read_bytes()
 
 
