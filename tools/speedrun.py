@@ -1,21 +1,25 @@
-"""One line of the speed-run's log: the second stage of mnist-text, with one thing changed, over three seeds.
+"""One line of the speed-run's log: mnist-text with one thing changed, over three seeds.
 
     python tools/speedrun.py NAME [NAME …] [--seconds 120] [--seeds 0 1 2] [--samples 1000]
 
-Trains on the latents of the shipped autoencoder, so that only the change differs, and prints a row for each seed:
-steps, held-out v-loss (the first 2,000 test images at 50 fixed steps), share read as asked and Fréchet distance in the
-judge's features of samples without guidance. The verdicts are kept in data/results/speedrun.md.
+Trains the second stage for so many seconds on the latents of the shipped autoencoder, so that only the change differs;
+a name that starts with "share" trains both stages, in the same seconds together. Prints a row for each seed: steps,
+held-out v-loss (the first 2,000 test images at 50 fixed steps), share read as asked and Fréchet distance in the judge's
+features of samples without guidance. Losses on latents of different autoencoders cannot be compared. The verdicts are
+kept in data/results/speedrun.md.
 """
 
 import argparse
+import time
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from minildm import recipes
-from minildm.data import StrokeWords, drop_words, load_mnist, seeded, to_float
+from minildm.data import ImageData, StrokeWords, drop_words, load_mnist, seeded, to_float
 from minildm.judge import frechet_distance, predict
+from minildm.losses import first_stage_loss_fn
 from minildm.muon import start_muon
 from minildm.pipeline import LatentDiffusion, encode_all
 from minildm.training import Budget, TrainState, batch_indices, train
@@ -27,33 +31,49 @@ CHANGES = {
     "batch 64": {"stage": {"batch_size": 64}},
     "batch 256": {"stage": {"batch_size": 256}},
     "EMA 0.999": {"stage": {"ema_decay": 0.999}},
+    "no EMA": {"averaged": False},
     "rate 5e-3": {"stage": {"lr": 5e-3}},
     "rate 2e-2": {"stage": {"lr": 2e-2}},
     "one text layer": {"config": {"text_depth": 1}},
     "32 channels": {"unet": {"channels": 32}},
     "48 channels": {"unet": {"channels": 48}},
     "one level": {"unet": {"multipliers": (1,), "attention": (True,)}},
+    "transformers at 2x2, too": {"unet": {"attention": (True, True)}},
     "twice as wide at 2x2": {"unet": {"multipliers": (1, 2)}},
     "min-SNR 5": {"loss": {"min_snr": 5.0}},
     "more steps of middle noise": {"loss": {"spread": 1.0}},
+    "more steps of much noise": {"loss": {"shift": 2.0}},
+    "more steps of little noise": {"loss": {"shift": 0.5}},
     "steps drawn alone": {"loss": {"even": False}},
     "linear schedule": {"config": {"schedule": "linear"}},
+    "eps target": {"config": {"target": "eps"}},
+    "channels-first": {"layout": torch.contiguous_format},
+    "compiled": {"compiled": True},
+    "share 0.15": {"share": 0.15},
+    "share 0.25": {"share": 0.25},
+    "share 0.4": {"share": 0.4},
 }
 
 
-def steps_of(n: int, total: int, generator: torch.Generator, spread: float | None = None, even: bool = True):
-    """Steps for n samples (n,): one from each of n equal parts, or each alone (not `even`); or logit-normal."""
+def steps_of(
+    n: int, total: int, generator: torch.Generator, spread: float | None = None, even: bool = True, shift: float = 1.0
+) -> torch.Tensor:
+    """Steps for n samples (n,): one from each of n equal parts, or each alone (not `even`); or logit-normal.
+
+    `shift` above 1 moves them to more noise, below 1 to less: t → shift t / (1 + (shift - 1) t) (Esser et al., 2024).
+    """
     if spread is not None:
         u = torch.sigmoid(spread * torch.randn(n, generator=generator))
     else:
         u = torch.rand(n, generator=generator)
         u = (torch.arange(n) + u) / n if even else u
+    u = shift * u / (1 + (shift - 1) * u)
     return (u * total).long().clamp(max=total - 1)
 
 
 def loss_function(model: LatentDiffusion, latents: torch.Tensor, captions: list[str], batch_size: int, **loss):
     """The recipe's loss with another draw of the steps, or weighted by min(SNR, γ)/(SNR+1) (Hang et al., 2023)."""
-    min_snr = loss.pop("min_snr", None)
+    min_snr, kind = loss.pop("min_snr", None), model.config.target
 
     def loss_fn(second_stage, generator):
         index = batch_indices(len(latents), batch_size, generator)
@@ -61,7 +81,7 @@ def loss_function(model: LatentDiffusion, latents: torch.Tensor, captions: list[
         z, t = latents[index], steps_of(batch_size, len(model.schedule), generator, **loss)
         eps = torch.randn(z.shape, generator=generator)
         prediction = second_stage(model.schedule.add_noise(z, t, eps), t, tokens=tokens)
-        error = (prediction - model.schedule.target("v", z, t, eps)).square().mean((1, 2, 3))
+        error = (prediction - model.schedule.target(kind, z, t, eps)).square().mean((1, 2, 3))
         if min_snr is not None:
             snr = model.schedule.alpha_bar[t] / (1 - model.schedule.alpha_bar[t])
             error = error * (snr.clamp(max=min_snr) / (snr + 1)).to(error)
@@ -73,41 +93,66 @@ def loss_function(model: LatentDiffusion, latents: torch.Tensor, captions: list[
 @torch.no_grad()
 def held_out_loss(model: LatentDiffusion, latents: torch.Tensor, captions: list[str]) -> float:
     """The v-loss on latents (N, C, h, w) at 50 steps spread over the schedule, with fixed noise."""
-    generator, t, losses = seeded(1), torch.arange(10, len(model.schedule), 20), []
+    generator, schedule, t, losses = seeded(1), model.schedule, torch.arange(10, len(model.schedule), 20), []
     for i in range(0, len(latents), len(t)):
         z = latents[i : i + len(t)]
         eps = torch.randn(z.shape, generator=generator)
-        xt, tokens = model.schedule.add_noise(z, t, eps), model.tokenizer.encode(captions[i : i + len(t)])
-        losses.append(F.mse_loss(model.second_stage(xt, t, tokens=tokens), model.schedule.target("v", z, t, eps)))
+        xt, tokens = schedule.add_noise(z, t, eps), model.tokenizer.encode(captions[i : i + len(t)])
+        prediction = model.second_stage(xt, t, tokens=tokens)
+        x0, noise = schedule.x0_and_eps(model.config.target, prediction, xt, t)
+        losses.append(F.mse_loss(schedule.target("v", x0, t, noise), schedule.target("v", z, t, eps)))
     return torch.stack(losses).mean().item()
+
+
+def first_stage(model: LatentDiffusion, images: torch.Tensor, recipe: recipes.TextRecipe, seed: int, seconds: float):
+    """Train the autoencoder of the model as the recipe does, on uint8 images (N, C, H, W)."""
+    stage, autoencoder = recipe.first, model.autoencoder.requires_grad_(True)
+    state = start_muon(autoencoder, stage.lr, seed, stage.ema_decay)
+    for _ in train(
+        state, first_stage_loss_fn(images, stage.batch_size, recipe.kl_weight), Budget(None, seconds), stage.lr
+    ):
+        pass
+    autoencoder.load_state_dict(state.ema.model.state_dict())
+    autoencoder.requires_grad_(False).eval().set_latent_statistics(encode_all(autoencoder, images))
+
+
+def make_model(change: dict, recipe: recipes.TextRecipe, data: ImageData, seed: int, seconds: float) -> LatentDiffusion:
+    """A model with a new second stage, on the shipped autoencoder or on one trained for its share of the seconds."""
+    shipped = LatentDiffusion.from_pretrained("mnist-text").autoencoder
+    config = replace(
+        recipe.config, unet=replace(recipe.config.unet, **change.get("unet", {})), **change.get("config", {})
+    )
+    own = "share" in change
+    torch.manual_seed(seed)
+    model = LatentDiffusion(config if own else replace(config, autoencoder=shipped.config))
+    model.to(memory_format=change.get("layout", torch.channels_last))
+    if own:
+        first_stage(model, data.x_train, recipe, seed, change["share"] * seconds)
+    else:
+        model.autoencoder.load_state_dict(shipped.state_dict())
+    return model
 
 
 def measure(name: str, seed: int, seconds: float, samples: int) -> str:
     """Train with one change and one seed; a row of the log."""
-    change, recipe = CHANGES[name], recipes.find_recipe("mnist-text")
-    data, shipped, judge = load_mnist(), LatentDiffusion.from_pretrained("mnist-text"), recipes.load_judge()
+    change, recipe, data, judge = CHANGES[name], recipes.find_recipe("mnist-text"), load_mnist(), recipes.load_judge()
     words = StrokeWords.measure(data.x_train, data.y_train)
     captions, prompts = (words.captions(x, y) for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)))
-    config = replace(
-        recipe.config,
-        autoencoder=shipped.autoencoder.config,
-        unet=replace(recipe.config.unet, **change.get("unet", {})),
-        **change.get("config", {}),
-    )
-    torch.manual_seed(seed)
-    model = LatentDiffusion(config).to(memory_format=torch.channels_last)
-    model.autoencoder.load_state_dict(shipped.autoencoder.state_dict())
+    start = time.monotonic()
+    model = make_model(change, recipe, data, seed, seconds)
     latents, held_out = (
         model.autoencoder.standardise(encode_all(model.autoencoder, x)) for x in (data.x_train, data.x_test[:2000])
     )
+    left = seconds - (time.monotonic() - start) if "share" in change else seconds
     stage = replace(recipe.second, **change.get("stage", {}))
     second_stage = model.second_stage.requires_grad_(True)
-    start = change.get("optimiser", start_muon)
-    state = start(second_stage, stage.lr, seed, ema_decay=stage.ema_decay)
+    state = change.get("optimiser", start_muon)(second_stage, stage.lr, seed, ema_decay=stage.ema_decay)
     loss_fn = loss_function(model, latents, captions, stage.batch_size, **change.get("loss", {}))
-    for _ in train(state, loss_fn, Budget(seconds=seconds), stage.lr):
+    faster = torch.compile(second_stage) if change.get("compiled") else second_stage  # the same weights
+    for _ in train(state, lambda _, generator: loss_fn(faster, generator), Budget(None, left), stage.lr):
         pass
-    second_stage.load_state_dict(state.ema.model.state_dict())
+    if change.get("averaged", True):
+        second_stage.load_state_dict(state.ema.model.state_dict())
     second_stage.requires_grad_(False).eval()
     images = recipes.sample_many(model, prompts[:samples], guidance_scale=1.0, sampler="dpm++")
     read, features = predict(judge, images)
