@@ -72,15 +72,15 @@ def test_the_paragraph_on_guidance_is_what_the_experiment_measured():
     guidance = read("results/guidance.json")
     rows = {row["guidance_scale"]: row for row in guidance["rows"]}
     middle = {row["guidance_scale"]: row for row in guidance["interval_rows"]}[1.5]
-    missed = [f"{100 * (1 - rows[w]['accuracy']):.0f} %" for w in (1.0, 1.25)]
-    distances = {name: f"{row['frechet_distance']:.1f}" for name, row in {**rows, "middle": middle}.items()}
-    (share,) = {f"{100 * row['accuracy']:.1f} %" for row in (rows[1.25], middle)}
     text = " ".join(README.split())
-    assert f"without it (w = 1) {missed[0]} of the drawings are misread, at w = 1.25 {missed[1]}" in text
-    assert f"There the distance of {guidance['rows'][0]['samples']:,} drawings is {distances[1.25]}" in text
-    assert f"stand at {guidance['real']['frechet_distance']:.1f}, and so" in text
-    assert f"both {share} of these 2,000" in text
-    assert f"stands at {distances[1.25]} where the middle stands at {distances['middle']}" in text
+    for name, row in (("without it (w = 1)", rows[1.0]), ("in every step (w = 1.25)", rows[1.25])):
+        missed = round((1 - row["accuracy"]) * row["samples"])
+        assert re.search(rf"{re.escape(name)} {missed}\b[^;]* {row['frechet_distance']:.1f};", text)
+    missed = round((1 - middle["accuracy"]) * middle["samples"])
+    assert f"in the middle steps (w = 1.5) {missed} and {middle['frechet_distance']:.1f}." in text
+    assert f"of {guidance['rows'][0]['samples']:,} drawings without it" in text
+    real = guidance["real"]["frechet_distance"]
+    assert f"{guidance['rows'][0]['samples']:,} real training digits stand at {real:.1f}," in text
 
 
 def test_every_row_of_the_table_is_there():
