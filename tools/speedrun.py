@@ -1,9 +1,10 @@
 """One line of the speed-run's log: mnist-text with one thing changed, over three seeds.
 
-    python tools/speedrun.py NAME [NAME …] [--seconds 120] [--seeds 0 1 2] [--samples 1000]
+    python tools/speedrun.py NAME [NAME …] [--seconds 120 | --steps N] [--seeds 0 1 2] [--samples 1000]
 
-Trains the second stage for so many seconds on the latents of the shipped autoencoder, so that only the change differs;
-a name that starts with "share" trains both stages, in the same seconds together. Prints a row for each seed: steps,
+Trains the second stage for so many seconds, or steps where the change makes none dearer, on the latents of the shipped
+autoencoder, so that only the change differs; a name that starts with "share" trains both stages, in the same seconds
+together. Prints a row for each seed: steps,
 held-out v-loss (the first 2,000 test images at 50 fixed steps), share read as asked and Fréchet distance in the judge's
 features of samples without guidance. Losses on latents of different autoencoders cannot be compared. The verdicts are
 kept in data/results/speedrun.md.
@@ -104,19 +105,17 @@ def held_out_loss(model: LatentDiffusion, latents: torch.Tensor, captions: list[
     return torch.stack(losses).mean().item()
 
 
-def first_stage(model: LatentDiffusion, images: torch.Tensor, recipe: recipes.TextRecipe, seed: int, seconds: float):
+def first_stage(model: LatentDiffusion, images: torch.Tensor, recipe: recipes.TextRecipe, seed: int, budget: Budget):
     """Train the autoencoder of the model as the recipe does, on uint8 images (N, C, H, W)."""
     stage, autoencoder = recipe.first, model.autoencoder.requires_grad_(True)
     state = start_muon(autoencoder, stage.lr, seed, stage.ema_decay)
-    for _ in train(
-        state, first_stage_loss_fn(images, stage.batch_size, recipe.kl_weight), Budget(None, seconds), stage.lr
-    ):
+    for _ in train(state, first_stage_loss_fn(images, stage.batch_size, recipe.kl_weight), budget, stage.lr):
         pass
     autoencoder.load_state_dict(state.ema.model.state_dict())
     autoencoder.requires_grad_(False).eval().set_latent_statistics(encode_all(autoencoder, images))
 
 
-def make_model(change: dict, recipe: recipes.TextRecipe, data: ImageData, seed: int, seconds: float) -> LatentDiffusion:
+def make_model(change: dict, recipe: recipes.TextRecipe, data: ImageData, seed: int, budget: Budget) -> LatentDiffusion:
     """A model with a new second stage, on the shipped autoencoder or on one trained for its share of the seconds."""
     shipped = LatentDiffusion.from_pretrained("mnist-text").autoencoder
     config = replace(
@@ -127,29 +126,30 @@ def make_model(change: dict, recipe: recipes.TextRecipe, data: ImageData, seed: 
     model = LatentDiffusion(config if own else replace(config, autoencoder=shipped.config))
     model.to(memory_format=change.get("layout", torch.channels_last))
     if own:
-        first_stage(model, data.x_train, recipe, seed, change["share"] * seconds)
+        first_stage(model, data.x_train, recipe, seed, budget.share(change["share"]))
     else:
         model.autoencoder.load_state_dict(shipped.state_dict())
     return model
 
 
-def measure(name: str, seed: int, seconds: float, samples: int) -> str:
+def measure(name: str, seed: int, budget: Budget, samples: int) -> str:
     """Train with one change and one seed; a row of the log."""
     change, recipe, data, judge = CHANGES[name], recipes.find_recipe("mnist-text"), load_mnist(), recipes.load_judge()
     words = StrokeWords.measure(data.x_train, data.y_train)
     captions, prompts = (words.captions(x, y) for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)))
     start = time.monotonic()
-    model = make_model(change, recipe, data, seed, seconds)
+    model = make_model(change, recipe, data, seed, budget)
     latents, held_out = (
         model.autoencoder.standardise(encode_all(model.autoencoder, x)) for x in (data.x_train, data.x_test[:2000])
     )
-    left = seconds - (time.monotonic() - start) if "share" in change else seconds
+    if "share" in change:
+        budget = Budget(seconds=budget.seconds - (time.monotonic() - start))
     stage = replace(recipe.second, **change.get("stage", {}))
     second_stage = model.second_stage.requires_grad_(True)
     state = change.get("optimiser", start_muon)(second_stage, stage.lr, seed, ema_decay=stage.ema_decay)
     loss_fn = loss_function(model, latents, captions, stage.batch_size, **change.get("loss", {}))
     faster = torch.compile(second_stage) if change.get("compiled") else second_stage  # the same weights
-    for _ in train(state, lambda _, generator: loss_fn(faster, generator), Budget(None, left), stage.lr):
+    for _ in train(state, lambda _, generator: loss_fn(faster, generator), budget, stage.lr):
         pass
     if change.get("averaged", True):
         second_stage.load_state_dict(state.ema.model.state_dict())
@@ -169,14 +169,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", choices=list(CHANGES), metavar="NAME", help=", ".join(CHANGES))
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--steps", type=int, help="in place of seconds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=1000)
     args = parser.parse_args()
-    print(f"{args.seconds:g} s each, {torch.get_num_threads()} threads, {args.samples} samples")
+    budget = Budget(steps=args.steps) if args.steps else Budget(seconds=args.seconds)
+    if args.steps and any("share" in CHANGES[name] for name in args.names):
+        parser.error("a share is one of seconds: leave out --steps.")
+    length = f"{args.steps} steps" if args.steps else f"{args.seconds:g} s"
+    print(f"{length} each, {torch.get_num_threads()} threads, {args.samples} samples")
     print("| change | seed | steps | held-out v-loss | read as asked | Fréchet distance |\n|---|---|---|---|---|---|")
     for seed in args.seeds:
         for name in args.names:
-            print(measure(name, seed, args.seconds, args.samples), flush=True)
+            print(measure(name, seed, budget, args.samples), flush=True)
 
 
 if __name__ == "__main__":
