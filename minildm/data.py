@@ -34,7 +34,7 @@ def pick_device() -> torch.device:
 
 
 def seeded(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A random generator of its own: everything random in minildm draws from one of these.
+    """A random generator of its own: everything random in minildm, but for first weights, draws from one of these.
 
     Raises ValueError when the seed does not fit in 64 bits.
     """

@@ -25,8 +25,11 @@ def kid(a: torch.Tensor, b: torch.Tensor, blocks: int = 10) -> tuple[float, floa
     """Kernel distance between sets of features (N, D) and (M, D), and its standard error (Bińkowski et al., 2018).
 
     The mean of `mmd` over `blocks` pairs of disjoint random parts; the error is their deviation over √blocks. Unbiased
-    for any N and M. Raises ValueError when D differs or a part would have fewer than two features.
+    for any N and M if the sets are independent; drawings for the captions of `b` itself get too low a value, by O(1/N).
+    Raises ValueError when D differs, for fewer than two blocks, and when a part would have fewer than two features.
     """
+    if blocks < 2:
+        raise ValueError(f"blocks must be at least 2, not {blocks}: the error is measured between them.")
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2 * blocks:
         raise ValueError(
             f"both sets must have the shape (N, D), the same D and N of at least {2 * blocks} for {blocks} blocks, "
@@ -42,8 +45,8 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tupl
     """Precision and recall of a set of features (N, D) against real ones (N, D) (Kynkäänniemi et al., 2019, eqs. 1, 2).
 
     The support of a set is the union of balls around its points, each as wide as the distance to the k-th nearest other
-    point. Precision: the share of fakes in the support of the reals; recall: of reals in that of the fakes. Balls
-    shrink with N, so sets of different sizes raise ValueError, and so does an N of at most k.
+    point. Precision: the share of fakes in the support of the reals; recall: of reals in that of the fakes. The
+    support changes with N, so sets of different sizes raise ValueError, and so does an N of at most k.
     """
     if real.shape != fake.shape or real.ndim != 2 or len(real) <= k:
         raise ValueError(
@@ -121,8 +124,9 @@ def measure(
 
     prompt_accuracy: the share that the judge reads as their label. thickness_accuracy, slant_accuracy: `third_accuracy`
     of each. frechet_distance_N, kid with kid_error, precision and recall: in the judge's features, against the
-    reference. nearest_distance: the median distance to the nearest training image over that of the reference's real
-    images; memorised: `memorised_share`. Raises ValueError unless there are as many images as in the reference, and 20.
+    reference (kid is too low by O(1/N) when the images were drawn for the captions of its real images).
+    nearest_distance: the median distance to the nearest training image over that of the reference's real images;
+    memorised: `memorised_share`. Raises ValueError unless there are as many images as in the reference, and 20.
     """
     n = len(images)
     read, features = predict(reference.judge, images)

@@ -113,6 +113,12 @@ def test_kid_refuses_sets_that_are_too_small_or_of_other_features(shapes):
         kid(*(torch.zeros(shape) for shape in shapes))
 
 
+@pytest.mark.parametrize("blocks", [1, 0, -1])
+def test_kid_refuses_so_few_blocks_that_they_have_no_scatter(blocks):
+    with pytest.raises(ValueError, match=f"blocks must be at least 2, not {blocks}"):
+        kid(*points(20, 3, 0).split(10), blocks=blocks)
+
+
 # precision and recall
 
 
