@@ -21,7 +21,8 @@ def kl_autoencoder_loss(
     """Reconstruction plus a little KL for images (B, C, H, W), a scalar (LDM eq. 25 without perceptual and adversary).
 
     Both terms are summed over an image, as in the paper, where kl_weight = 1e-6 stands before a sum over all latents;
-    the total is then divided by the number of pixel values, so that learning rates carry over between image sizes.
+    the total is then divided by the number of pixel values, so that its gradient, which `train` clips, has one size for
+    images of all sizes.
     The reconstruction term is |x - x̂| + (x - x̂)²: the first keeps edges sharp, the second punishes outliers.
     """
     error = (x_hat - x).flatten(1)
@@ -104,7 +105,8 @@ def perceptual_distance(net: FeatureNet, x_hat: torch.Tensor, x: torch.Tensor) -
 class PatchDiscriminator(nn.Module):
     """Real or reconstructed, patch by patch: images (B, in_channels, H, W) → logits (B, 1, H/4, W/4).
 
-    Each logit sees 18×18 pixels (Isola et al., 2017, with group in place of batch normalisation); above 0 means real.
+    Each logit sees 18×18 pixels (Isola et al., 2017), and through the group normalisation, which stands in place of
+    batch normalisation, the image's mean and variance; above 0 means real.
     """
 
     def __init__(self, in_channels: int = 1, channels: int = 16):
