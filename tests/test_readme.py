@@ -2,8 +2,12 @@
 
 import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,9 +45,9 @@ COLUMNS = {
 }
 
 
-def cells(corner: str = "") -> list[tuple[str, str, str]]:
-    """(label, column, cell) for each filled cell of the table under "Measured" whose first cell is `corner`."""
-    section = README.split("\n## Measured\n")[1].split("\n## ")[0]
+def cells(corner: str = "", heading: str = "Measured") -> list[tuple[str, str, str]]:
+    """(label, column, cell) for each filled cell of the table under a heading whose first cell is `corner`."""
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     for table in re.findall(r"(?:^\|.*\|\n)+", section, re.MULTILINE):
         header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
         if header[0] == corner:
@@ -120,3 +124,31 @@ def test_the_ratios_to_diffusers_are_those_measured():
         measured[label, f"{row['configuration']}: time"] = time
         measured[label, f"{row['configuration']}: memory"] = f"{row['ours_mb'] / row['diffusers_mb']:.2f}"
     assert {(label, column): cell for label, column, cell in cells("minildm / diffusers")} == measured
+
+
+def solutions(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The cells of a lesson that solve an exercise."""
+    return [cell for cell in notebook.cells if "solution" in cell.metadata.get("tags", [])]
+
+
+def test_the_exercises_and_the_hours_of_the_course_are_counted_right():
+    counts = [len(solutions(nbformat.read(path, 4))) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    text = " ".join(README.split())
+    assert f"three to five exercises, {sum(counts)} in all" in text
+    assert (min(counts), max(counts)) == (3, 5)
+    minutes = {
+        row: int(cell.split()[0]) for row, column, cell in cells("lesson", "The course") if column == "to work through"
+    }
+    assert f"about {round(sum(minutes.values()) / 60)} hours of work" in text
+    short = sum(minutes[name] for name in minutes if name[1:3] in ("01", "02", "07"))
+    assert f"01, 02 and 07 alone, about {round(short / 60)} hours" in text
+
+
+def test_the_copies_for_a_class_lack_the_solutions_and_nothing_else(tmp_path):
+    command = next(line for line in README.splitlines() if "remove_cell_tags=solution" in line)
+    changed = {"handout": str(tmp_path), "notebooks/*.ipynb": "notebooks/02_forward_process.ipynb"}
+    words = [changed.get(word, word) for word in shlex.split(command)]
+    subprocess.run([sys.executable, *words[1:]], check=True, cwd=ROOT)
+    lesson, copy = (nbformat.read(folder / "02_forward_process.ipynb", 4) for folder in (ROOT / "notebooks", tmp_path))
+    assert [cell.source for cell in copy.cells] == [c.source for c in lesson.cells if c not in solutions(lesson)]
+    assert len(copy.cells) < len(lesson.cells)

@@ -4,10 +4,9 @@
 
 Trains the second stage for so many seconds, or steps where the change makes none dearer, on the latents of the shipped
 autoencoder, so that only the change differs; a name that starts with "share" trains both stages, in the same seconds
-together. Prints a row for each seed: steps,
-held-out v-loss (the first 2,000 test images at 50 fixed steps), share read as asked and Fréchet distance in the judge's
-features of samples without guidance. Losses on latents of different autoencoders cannot be compared. The verdicts are
-kept in data/results/speedrun.md.
+together. Prints a row for each seed: steps, held-out v-loss (the first 2,000 test images at 50 fixed steps), share read
+as asked and Fréchet distance in the judge's features of samples without guidance. Losses on latents of different
+autoencoders cannot be compared. The verdicts are kept in data/results/speedrun.md.
 """
 
 import argparse
