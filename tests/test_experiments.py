@@ -106,18 +106,18 @@ def test_first_stage(run, monkeypatch, nothing_again, capsys):
 
 def test_guidance(run, monkeypatch, nothing_again, capsys):
     monkeypatch.setattr(guidance, "SCALES", (0.0, 2.0))
-    monkeypatch.setattr(guidance, "INTERVAL_SCALES", (2.0,))
-    monkeypatch.setattr(guidance, "INTERVAL", (600, 1000))
+    monkeypatch.setattr(guidance, "INTERVALS", {"early": ((600, 1000), (2.0,)), "last": ((0, 600), (3.0,))})
     monkeypatch.setattr(guidance, "SAMPLING", {"sampler": "dpm++", "steps": 2})
     result = run("guidance", "--samples", 40)
     assert [row["guidance_scale"] for row in result["rows"]] == [0.0, 2.0]
     for row in result["rows"]:
         assert row.keys() == FIGURES | {"guidance_scale", "sampler", "steps"}
         assert row["samples"] == 40
-    (part,) = result["interval_rows"]
-    assert part.keys() == FIGURES | {"guidance_scale", "guidance_interval", "sampler", "steps"}
-    assert part["guidance_interval"] == [600, 1000] and part["guidance_scale"] == 2.0
-    assert len({row["frechet_distance"] for row in (*result["rows"], part)}) == 3
+    (early,), (last,) = result["early_rows"], result["last_rows"]
+    assert early.keys() == last.keys() == FIGURES | {"guidance_scale", "guidance_interval", "sampler", "steps"}
+    assert early["guidance_interval"] == [600, 1000] and early["guidance_scale"] == 2.0
+    assert last["guidance_interval"] == [0, 600] and last["guidance_scale"] == 3.0
+    assert len({row["frechet_distance"] for row in (*result["rows"], early, last)}) == 4
     assert result["real"].keys() == REAL
     assert result["real"]["frechet_distance"] < result["rows"][0]["frechet_distance"]
     check_about(result, "guidance", "--samples 40")
