@@ -159,3 +159,11 @@ def test_the_copies_for_a_class_lack_the_solutions_and_nothing_else(tmp_path):
     lesson, copy = (nbformat.read(folder / "02_forward_process.ipynb", 4) for folder in (ROOT / "notebooks", tmp_path))
     assert [cell.source for cell in copy.cells] == [c.source for c in lesson.cells if c not in solutions(lesson)]
     assert len(copy.cells) < len(lesson.cells)
+
+
+def test_the_command_for_marking_counts_the_checks_that_passed():
+    (command,) = (line for line in README.splitlines() if "grep -cE" in line)
+    pattern = re.compile(shlex.split(command)[-1])
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):  # as committed: attempts unsolved, solutions solved
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if pattern.search(line)]
+        assert len(lines) == len(solutions(nbformat.read(path, 4))), path.name
