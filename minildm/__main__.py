@@ -16,8 +16,9 @@ def positive(text: str) -> float:
     return value
 
 
-def add_interval(parser: argparse.ArgumentParser) -> None:
-    """The option --guidance-interval, all steps by default."""
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    """The options of guidance: how much, at which steps (all by default), and how much of its length to give back."""
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument(
         "--guidance-interval",
         type=float,
@@ -25,6 +26,13 @@ def add_interval(parser: argparse.ArgumentParser) -> None:
         default=(0, math.inf),
         metavar=("LOW", "HIGH"),
         help="guide only at steps LOW <= t < HIGH of the 1000",
+    )
+    parser.add_argument(
+        "--guidance-rescale",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="give guided predictions back their deviation, 0 (not) to 1",
     )
 
 
@@ -41,8 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--model", default="mnist-text", help="a shipped name or a folder")
     sample.add_argument("--count", type=int, default=8, help="images for each prompt")
     sample.add_argument("--steps", type=int, default=20)
-    sample.add_argument("--guidance-scale", type=float, default=2.0)
-    add_interval(sample)
+    add_guidance(sample)
     sample.add_argument("--sampler", default="ddim", help="ddim, ddpm or dpm++")
     sample.add_argument("--eta", type=float, default=0.0, help="share of DDPM's noise in ddim, 0 to 1")
     sample.add_argument("--init", type=Path, help="start from this picture, light on dark (image to image)")
@@ -62,8 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="a shipped name or a folder")
     evaluate.add_argument("--samples", type=int, default=10_000)
     evaluate.add_argument("--steps", type=int, default=20)
-    evaluate.add_argument("--guidance-scale", type=float, default=2.0)
-    add_interval(evaluate)
+    add_guidance(evaluate)
     evaluate.add_argument("--sampler", default="ddim", help="ddim, ddpm or dpm++")
     evaluate.add_argument("--out", type=Path, help="default metrics.json in the folder, or runs/evaluate/NAME.json")
 
@@ -130,6 +136,7 @@ def run_sample(args: argparse.Namespace) -> None:
         steps=args.steps,
         guidance_scale=args.guidance_scale,
         guidance_interval=tuple(args.guidance_interval),
+        guidance_rescale=args.guidance_rescale,
         seed=args.seed,
         sampler=args.sampler,
         eta=args.eta,
@@ -178,6 +185,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
         low, high = args.guidance_interval
         if (low, high) != (0, math.inf):
             sampling["guidance_interval"] = (low, min(high, len(model.schedule)))  # JSON has no infinity
+        if args.guidance_rescale:
+            sampling["guidance_rescale"] = args.guidance_rescale
         figures = recipes.evaluate(model, judge, args.samples, **sampling)
     for name, value in figures.items():
         print(f"{name:28} {value:10.4g}")

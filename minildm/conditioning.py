@@ -88,6 +88,7 @@ def guided(
     unconditional: dict,
     guidance_scale: float,
     guidance_interval: tuple[float, float] = (0, math.inf),
+    guidance_rescale: float = 0.0,
 ) -> Callable:
     """Classifier-free guidance: a model(x, t) that returns uncond + w · (cond - uncond), w = guidance_scale.
 
@@ -96,7 +97,9 @@ def guided(
     of the model, tensors with the batch first; both branches run in one batch.
     With `guidance_interval` = (low, high), steps outside of low ≤ t < high take the conditional model alone
     (Kynkäänniemi et al., 2024); t (B,) is then one step for the whole batch, as in sampling.
-    Raises ValueError unless w is a finite number of at least 0 and 0 ≤ low < high.
+    With `guidance_rescale` = φ the guided prediction of each image is shrunk (or stretched) towards the standard
+    deviation of its conditional one, not at all at 0 and to it at 1 (Lin et al., 2023, section 3.4).
+    Raises ValueError unless w is a finite number of at least 0, 0 ≤ low < high and 0 ≤ φ ≤ 1.
     """
     low, high = guidance_interval
     if not 0 <= guidance_scale < math.inf:
@@ -105,6 +108,8 @@ def guided(
         raise ValueError(
             f"guidance_interval must be two steps (low, high) with 0 ≤ low < high, not {guidance_interval}."
         )
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale must be between 0 and 1, not {guidance_rescale}.")
     both = {key: torch.cat([unconditional[key], conditional[key]]) for key in conditional}
 
     def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -113,7 +118,11 @@ def guided(
         if guidance_scale == 0:
             return model(x, t, **unconditional)
         uncond, cond = model(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
-        return uncond + guidance_scale * (cond - uncond)
+        prediction = uncond + guidance_scale * (cond - uncond)
+        if guidance_rescale == 0:
+            return prediction
+        before, after = (p.flatten(1).std(1).view(-1, *[1] * (p.ndim - 1)) for p in (cond, prediction))
+        return prediction * (1 + guidance_rescale * (before / after.clamp(min=1e-8) - 1))
 
     return predict
 

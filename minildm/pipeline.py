@@ -145,11 +145,16 @@ class LatentDiffusion(nn.Module):
         return {"context": context, "mask": mask}
 
     def denoiser(
-        self, prompts: list[str], guidance_scale: float, guidance_interval: tuple[float, float] = (0, math.inf)
+        self,
+        prompts: list[str],
+        guidance_scale: float,
+        guidance_interval: tuple[float, float] = (0, math.inf),
+        guidance_rescale: float = 0.0,
     ) -> Callable:
         """denoise(x, t) → (x0, eps) for latents x (B, C, h, w), steered by one prompt each."""
         conditional, unconditional = self.conditioning(prompts), self.conditioning([""] * len(prompts))
-        model = guided(self.second_stage.unet, conditional, unconditional, guidance_scale, guidance_interval)
+        guidance = guidance_scale, guidance_interval, guidance_rescale
+        model = guided(self.second_stage.unet, conditional, unconditional, *guidance)
         return denoiser(model, self.schedule, self.config.target)
 
     @torch.no_grad()
@@ -164,16 +169,18 @@ class LatentDiffusion(nn.Module):
         init: torch.Tensor | None = None,
         strength: float = 0.6,
         guidance_interval: tuple[float, float] = (0, math.inf),
+        guidance_rescale: float = 0.0,
     ) -> torch.Tensor:
         """One image for each prompt: (B, in_channels, H, W) in [-1, 1].
 
-        With `guidance_interval` = (low, high) only the steps low ≤ t < high are guided.
+        With `guidance_interval` = (low, high) only the steps low ≤ t < high are guided; `guidance_rescale` from 0 to 1
+        gives guided predictions back the deviation that guidance has changed (lesson 05).
         `sampler` is "ddim" (with `eta`), "ddpm" or "dpm++". With `init`, images (1 or B, in_channels, H, W) in [-1, 1],
         sampling starts not from noise but from their latents, noised up to the share `strength` in (0, 1] of the steps.
         Raises PromptError for a bad prompt and ValueError for any other argument out of range.
         """
         order = timesteps(self.schedule, steps)
-        denoise = self.denoiser(prompts, guidance_scale, guidance_interval)
+        denoise = self.denoiser(prompts, guidance_scale, guidance_interval, guidance_rescale)
         generator = seeded(seed)
         x = torch.randn(len(prompts), *self.latent_shape, generator=generator).to(self.device)
         if init is not None:

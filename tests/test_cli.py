@@ -63,6 +63,7 @@ def test_sample_writes_a_grid_with_a_row_for_each_prompt(tiny_folder, tmp_path, 
             ["--guidance-scale", "5", "--guidance-interval", "200", "700"],
             {"guidance_scale": 5, "guidance_interval": (200, 700)},
         ),
+        (["--guidance-scale", "5", "--guidance-rescale", "0.7"], {"guidance_scale": 5, "guidance_rescale": 0.7}),
         (["--init", "init.png", "--strength", "0.4"], {"strength": 0.4}),
     ],
 )
@@ -101,9 +102,10 @@ def test_train_and_evaluate_write_a_model_and_its_figures(tiny_recipe, tmp_path,
     *shown, last = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in shown] == list(metrics)[3:] and last == f"wrote {folder / 'metrics.json'}"
     options = ["--samples", "20", "--steps", "2", "--guidance-interval", "100", "inf", "--out", "elsewhere.json"]
-    assert main(["evaluate", str(folder), *options]) == 0
+    assert main(["evaluate", str(folder), *options, "--guidance-rescale", "0.5"]) == 0
     elsewhere = json.loads(Path("elsewhere.json").read_text())
     assert elsewhere["sampler"] == "ddim" and elsewhere["guidance_interval"] == [100, 1000]
+    assert elsewhere["guidance_rescale"] == 0.5 and "guidance_rescale" not in metrics
     assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
@@ -123,6 +125,7 @@ def test_train_and_evaluate_write_a_model_and_its_figures(tiny_recipe, tmp_path,
         (["7", "--guidance-scale", "inf"], "guidance_scale must be"),
         (["7", "--guidance-interval", "700", "200"], "guidance_interval must be two steps"),
         (["7", "--guidance-interval", "nan", "200"], "guidance_interval must be two steps"),
+        (["7", "--guidance-rescale", "1.1"], "guidance_rescale must be between 0 and 1"),
         (["7", "--eta", "1.5"], "eta must be between 0"),
         (["7", "--sampler", "euler"], "choose one of ddim, ddpm, dpm++"),
         (["7", "--count", "0"], "--count must be at least 1"),

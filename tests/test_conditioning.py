@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import SCHEDULES, ideal_denoise
@@ -156,6 +157,38 @@ def test_the_unconditional_branch_runs_only_in_the_interval():
 def test_an_impossible_interval_is_refused(interval):
     with pytest.raises(ValueError, match="guidance_interval must be two steps"):
         guided(toy_network, {}, {}, 2.0, interval)
+
+
+@given(w=st.floats(0.1, 20), phi=st.floats(0, 1))
+def test_rescaled_guidance_is_diffusers_own(w, phi):
+    if w == 1:  # needs no second branch, and has nothing to give back
+        return
+    x, t, conditional, unconditional = branches()
+    cond, uncond = toy_network(x, t, **conditional), toy_network(x, t, **unconditional)
+    ours = guided(toy_network, conditional, unconditional, w, guidance_rescale=phi)(x, t)
+    expected = rescale_noise_cfg(uncond + w * (cond - uncond), cond, guidance_rescale=phi)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_full_rescaling_gives_each_image_the_deviation_of_its_conditional_prediction():
+    x, t, conditional, unconditional = branches()
+    x[1] *= 0.1
+    found = guided(toy_network, conditional, unconditional, 7.0, guidance_rescale=1)(x, t)
+    cond = toy_network(x, t, **conditional)
+    torch.testing.assert_close(found.std((1, 2, 3)), cond.std((1, 2, 3)))
+    assert not torch.allclose(found[0].std(), found[1].std(), rtol=0.5)  # each its own
+
+
+def test_a_prediction_of_nothing_can_be_rescaled():
+    x, t, conditional, unconditional = branches()
+    found = guided(lambda x, t, context: 0 * x, conditional, unconditional, 3.0, guidance_rescale=1)(x, t)
+    assert torch.equal(found, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("phi", [-0.1, 1.1, math.nan])
+def test_an_impossible_rescaling_is_refused(phi):
+    with pytest.raises(ValueError, match="guidance_rescale must be between 0 and 1"):
+        guided(toy_network, {}, {}, 2.0, guidance_rescale=phi)
 
 
 # classifier guidance

@@ -71,6 +71,14 @@ def test_the_interval_is_where_guidance_changes_the_image(tiny_model):
         assert not torch.allclose(draw(4.0, 400, 800), other, atol=1e-3)
 
 
+def test_rescaling_changes_guided_images_only(tiny_model):
+    def draw(scale, share):
+        return tiny_model.sample(["a seven"], steps=4, guidance_scale=scale, guidance_rescale=share)
+
+    assert torch.equal(draw(1.0, 1), draw(1.0, 0))
+    assert not torch.allclose(draw(6.0, 1), draw(6.0, 0), atol=1e-3)
+
+
 def test_guidance_is_that_of_the_noise_predictions(tiny_model):
     z, t = torch.randn(2, 4, 8, 8, generator=seeded(0)), 600
     steps = torch.full((2,), t)
