@@ -111,6 +111,7 @@ def diffusion_loss(
     x0: torch.Tensor,
     generator: torch.Generator,
     target: str = "eps",
+    logit_normal: tuple[float, float] | None = None,
     **conditioning,
 ) -> torch.Tensor:
     """Mean squared error of the prediction at a random step for each of x0 (B, …), a scalar (DDPM eq. 14, LDM eq. 2).
@@ -118,8 +119,12 @@ def diffusion_loss(
     `model(xt, t, **conditioning)` predicts the target; steps and noise are drawn from the (CPU) generator, for x0[i]
     the step ⌊T (i + u) / B⌋ with u in [0, 1): one from each of B equal parts of the schedule, which makes the loss less
     noisy (after Kingma et al., 2021, appendix I.1). So x0 must be in random order.
+    `logit_normal` = (m, s) crowds the steps around the part sigmoid(m) of the schedule: the place p of [0, 1] goes to
+    sigmoid(m + s Φ⁻¹(p)), whose logit is normal with mean m and deviation s (Esser et al., 2024, section 3.1).
     """
     places = (torch.arange(len(x0)) + torch.rand(len(x0), generator=generator)) / len(x0)  # one in each part of [0, 1]
+    if logit_normal is not None:
+        places = torch.sigmoid(logit_normal[0] + logit_normal[1] * torch.special.ndtri(places))
     t = (places * len(schedule)).long().clamp(max=len(schedule) - 1)
     eps = torch.randn(x0.shape, generator=generator).to(x0)
     prediction = model(schedule.add_noise(x0, t, eps), t.to(x0.device), **conditioning)

@@ -66,6 +66,6 @@ class Muon(torch.optim.Optimizer):
         return ahead.T if ahead.shape[0] > ahead.shape[1] else ahead
 
 
-def start_muon(model: nn.Module, lr: float, seed: int, ema_decay: float = 0.999) -> TrainState:
+def start_muon(model: nn.Module, lr: float, seed: int, ema_decay: float = 0.999, momentum: float = 0.95) -> TrainState:
     """`TrainState.start` with Muon in place of AdamW."""
-    return TrainState(model, Muon(model, lr), EMA(model, ema_decay), torch.Generator().manual_seed(seed))
+    return TrainState(model, Muon(model, lr, momentum), EMA(model, ema_decay), torch.Generator().manual_seed(seed))

@@ -240,16 +240,24 @@ def encode_all(autoencoder: Autoencoder, images: torch.Tensor) -> torch.Tensor:
 
 
 def second_stage_loss_fn(
-    model: LatentDiffusion, latents: torch.Tensor, captions: list[str], batch_size: int
+    model: LatentDiffusion,
+    latents: torch.Tensor,
+    captions: list[str],
+    batch_size: int,
+    logit_normal: tuple[float, float] | None = None,
 ) -> Callable[[SecondStage, torch.Generator], torch.Tensor]:
-    """The second stage's loss_fn for `train`, on cached standardised latents (N, C, h, w) and their captions."""
+    """The second stage's loss_fn for `train`, on cached standardised latents (N, C, h, w) and their captions.
+
+    `logit_normal` says from which steps to learn most, as in `diffusion_loss`.
+    """
 
     def loss_fn(second_stage: SecondStage, generator: torch.Generator) -> torch.Tensor:
         device = next(second_stage.parameters()).device
         index = batch_indices(len(latents), batch_size, generator)
         prompts = drop_words([captions[i] for i in index.tolist()], generator)
-        tokens = model.tokenizer.encode(prompts).to(device)
-        z = latents[index].to(device)
-        return diffusion_loss(second_stage, model.schedule, z, generator, model.config.target, tokens=tokens)
+        tokens = model.tokenizer.encode(prompts)
+        tokens = tokens[:, : (tokens != 0).any(0).sum()].to(device)  # no column of padding alone: it would cost time
+        z, target = latents[index].to(device), model.config.target
+        return diffusion_loss(second_stage, model.schedule, z, generator, target, logit_normal, tokens=tokens)
 
     return loss_fn

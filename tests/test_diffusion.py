@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
@@ -127,13 +128,16 @@ def test_the_loss_of_the_exact_prediction_is_zero_and_of_nothing_the_target_s_po
         a = schedule.at(t, xt)
         return schedule.target(target, x0, t, (xt - a.sqrt() * x0) / (1 - a).sqrt())
 
-    assert diffusion_loss(exact, schedule, x0, seeded(0), target).item() < 1e-7
+    for logit_normal in (None, (0.0, 1.0), (-0.4, 0.8)):
+        assert diffusion_loss(exact, schedule, x0, seeded(0), target, logit_normal).item() < 1e-7
     power = {"eps": 1, "x0": 0.25, "v": (schedule.alpha_bar + 0.25 * (1 - schedule.alpha_bar)).mean().item()}
     nothing = diffusion_loss(lambda xt, t: torch.zeros_like(xt), schedule, x0, seeded(0), target)
     assert nothing.item() == pytest.approx(power[target], rel=0.06)
 
 
-def steps_of(batch: int, steps: int, generator: torch.Generator) -> torch.Tensor:
+def steps_of(
+    batch: int, steps: int, generator: torch.Generator, logit_normal: tuple[float, float] | None = None
+) -> torch.Tensor:
     """The steps (batch,) that the loss draws from a schedule of `steps`."""
     seen = []
 
@@ -141,7 +145,7 @@ def steps_of(batch: int, steps: int, generator: torch.Generator) -> torch.Tensor
         seen.append(t)
         return xt
 
-    diffusion_loss(model, make_schedule(steps=steps), torch.zeros(batch, 1), generator)
+    diffusion_loss(model, make_schedule(steps=steps), torch.zeros(batch, 1), generator, logit_normal=logit_normal)
     return seen[0]
 
 
@@ -190,6 +194,50 @@ def test_one_step_in_each_part_leaves_the_mean_of_the_loss_and_shrinks_its_sprea
     found = torch.stack([diffusion_loss(lambda xt, t: xt, schedule, x0, generator) for _ in range(400)])
     assert found.mean().item() == pytest.approx(by_step.mean().item(), abs=4 * found.std().item() / 20)
     assert found.std().item() < 0.2 * by_step.std().item() / 4  # independent steps: std of the errors over √16
+
+
+crowded = pytest.mark.parametrize("m, s", [(0.0, 1.0), (-0.4, 0.8), (1.0, 0.5)])
+
+
+@crowded
+@pytest.mark.parametrize("batch, n", [(1, 4000), (16, 500)])
+def test_crowded_steps_have_a_normal_logit(m, s, batch, n):
+    generator = seeded(4)
+    t = torch.cat([steps_of(batch, 1000, generator, (m, s)) for _ in range(n)])
+    share = (t + torch.rand(t.shape, generator=generator).double()) / 1000  # anywhere within its step
+    assert scipy.stats.kstest(scipy.special.logit(share.numpy()), scipy.stats.norm(m, s).cdf).pvalue > 1e-3
+
+
+@crowded
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_crowded_steps_are_one_in_each_equally_likely_part(m, s, batch):
+    generator, i, steps = seeded(5), np.arange(batch), 100_000
+
+    def place(share):  # of [0, 1], in parts
+        return batch * scipy.stats.norm(m, s).cdf(scipy.special.logit(share))
+
+    for _ in range(20):
+        t = steps_of(batch, steps, generator, (m, s)).numpy()
+        assert (place(t / steps) < i + 1.001).all() and (place((t + 1) / steps) > i - 0.001).all()  # float32 places
+
+
+@crowded
+@pytest.mark.parametrize("drawn", [0.0, 1 - 2**-24])  # the least and the most that torch.rand gives
+def test_crowded_steps_stay_in_the_schedule_at_both_ends(m, s, drawn, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), drawn))
+    for batch in (1, 64):
+        t = steps_of(batch, 1000, seeded(0), (m, s))
+        assert t.min() >= 0 and t.max() <= 999 and (t.diff() >= 0).all()
+    assert t[0 if drawn == 0 else -1] == (0 if drawn == 0 else 999)  # of the 64: the place is 0, or rounds to 1
+
+
+@crowded
+def test_crowded_steps_weigh_the_losses_of_the_steps(m, s):
+    schedule, x0 = SCHEDULES["cosine"], torch.full((4000, 1, 16, 16), 0.5)
+    by_step = schedule.alpha_bar * 0.25 + (1 - (1 - schedule.alpha_bar).sqrt()) ** 2  # E (x_t - ε)² for a constant 0.5
+    weights = np.diff(scipy.stats.norm(m, s).cdf(scipy.special.logit(np.arange(1001) / 1000)))
+    loss = diffusion_loss(lambda xt, t: xt, schedule, x0, seeded(6), logit_normal=(m, s)).item()
+    assert loss == pytest.approx((weights * by_step.numpy()).sum(), rel=0.01)
 
 
 def test_the_loss_passes_the_conditioning_on():

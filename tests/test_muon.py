@@ -31,14 +31,15 @@ def test_singular_values_end_near_one():
     assert values.min() > 0.6 and values.max() < 1.3
 
 
+@pytest.mark.parametrize("momentum", [0.95, 0.9])
 @pytest.mark.parametrize("out, into", [(16, 16), (8, 32), (48, 12)])
-def test_matrices_step_as_in_torch(out, into):
+def test_matrices_step_as_in_torch(out, into, momentum):
     """torch.optim.Muon takes matrices only and iterates in bfloat16, whose 8 bits make about one percent of error."""
     ours, theirs = nn.Linear(into, out, bias=False), nn.Linear(into, out, bias=False)
     theirs.load_state_dict(ours.state_dict())
     before = ours.weight.detach().clone()
-    muon = Muon(ours, 0.1)
-    other = torch.optim.Muon(theirs.parameters(), 0.1, weight_decay=0.0, momentum=0.95)
+    muon = start_muon(ours, 0.1, seed=0, momentum=momentum).optimiser
+    other = torch.optim.Muon(theirs.parameters(), 0.1, weight_decay=0.0, momentum=momentum)
     for seed in range(3):
         give_gradients(ours, seed)
         give_gradients(theirs, seed)

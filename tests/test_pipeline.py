@@ -175,21 +175,30 @@ def test_images_of_wrong_shape_range_or_type_are_refused(tiny_model, images, say
 # training the second stage
 
 
-def test_the_second_stage_learns_noise_under_thinned_out_captions(tiny_model):
+@pytest.mark.parametrize("logit_normal", [None, (-0.4, 0.8)])
+def test_the_second_stage_learns_noise_under_thinned_out_captions(tiny_model, logit_normal):
     latents, captions = torch.randn(20, 4, 8, 8, generator=seeded(1)), [f"a {name}" for name in DIGIT_NAMES * 2]
-    loss = second_stage_loss_fn(tiny_model, latents, captions, 6)(tiny_model.second_stage, seeded(2))
-    generator = seeded(2)
-    index = batch_indices(20, 6, generator)
-    prompts = drop_words([captions[i] for i in index], generator)
-    expected = diffusion_loss(
-        tiny_model.second_stage,
-        tiny_model.schedule,
-        latents[index],
-        generator,
-        tiny_model.config.target,
-        tokens=tiny_model.tokenizer.encode(prompts),
-    )
-    assert loss.item() == expected.item()
+    loss = second_stage_loss_fn(tiny_model, latents, captions, 6, logit_normal)(tiny_model.second_stage, seeded(2))
+
+    def expected(draw):
+        generator = seeded(2)
+        index = batch_indices(20, 6, generator)
+        tokens = tiny_model.tokenizer.encode(drop_words([captions[i] for i in index], generator))
+        model, schedule, target = tiny_model.second_stage, tiny_model.schedule, tiny_model.config.target
+        return diffusion_loss(model, schedule, latents[index], generator, target, draw, tokens=tokens).item()
+
+    assert loss.item() == expected(logit_normal)
+    assert expected(None) != expected((-0.4, 0.8))
+
+
+def test_no_column_of_padding_alone_is_trained_on(tiny_model):
+    latents, seen = torch.zeros(10, *tiny_model.latent_shape), []
+    hook = lambda module, args, kwargs: seen.append(kwargs["tokens"])  # noqa: E731
+    handle = tiny_model.second_stage.register_forward_pre_hook(hook, with_kwargs=True)
+    second_stage_loss_fn(tiny_model, latents, ["a thin seven"] * 10, 50)(tiny_model.second_stage, seeded(0))
+    handle.remove()
+    assert seen[0].shape == (50, 4)  # the start and three words, where the tokenizer makes room for seven
+    assert (seen[0] != 0).any(0).all()
 
 
 def test_all_images_are_encoded_in_order(tiny_model):
