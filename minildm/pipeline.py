@@ -111,6 +111,7 @@ class SecondStage(nn.Module):
         self.unet = UNet(config.unet)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens[:, : (tokens != 0).any(0).sum()]  # columns of padding alone are masked, and would cost time
         context, mask = self.text_encoder(tokens)
         return self.unet(x, t, context, mask)
 
@@ -255,8 +256,7 @@ def second_stage_loss_fn(
         device = next(second_stage.parameters()).device
         index = batch_indices(len(latents), batch_size, generator)
         prompts = drop_words([captions[i] for i in index.tolist()], generator)
-        tokens = model.tokenizer.encode(prompts)
-        tokens = tokens[:, : (tokens != 0).any(0).sum()].to(device)  # no column of padding alone: it would cost time
+        tokens = model.tokenizer.encode(prompts).to(device)
         z, target = latents[index].to(device), model.config.target
         return diffusion_loss(second_stage, model.schedule, z, generator, target, logit_normal, tokens=tokens)
 

@@ -191,14 +191,15 @@ def test_the_second_stage_learns_noise_under_thinned_out_captions(tiny_model, lo
     assert expected(None) != expected((-0.4, 0.8))
 
 
-def test_no_column_of_padding_alone_is_trained_on(tiny_model):
-    latents, seen = torch.zeros(10, *tiny_model.latent_shape), []
-    hook = lambda module, args, kwargs: seen.append(kwargs["tokens"])  # noqa: E731
-    handle = tiny_model.second_stage.register_forward_pre_hook(hook, with_kwargs=True)
-    second_stage_loss_fn(tiny_model, latents, ["a thin seven"] * 10, 50)(tiny_model.second_stage, seeded(0))
+def test_columns_of_padding_alone_are_cut_off_and_change_nothing(tiny_model):
+    x, t, seen = torch.randn(3, *tiny_model.latent_shape, generator=seeded(1)), torch.tensor([0, 500, 999]), []
+    tokens = tiny_model.tokenizer.encode(["seven", "a thin seven", ""])
+    handle = tiny_model.second_stage.text_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    prediction = tiny_model.second_stage(x, t, tokens)
     handle.remove()
-    assert seen[0].shape == (50, 4)  # the start and three words, where the tokenizer makes room for seven
-    assert (seen[0] != 0).any(0).all()
+    assert tokens.shape == (3, 8) and torch.equal(seen[0], tokens[:, :4])  # the start and three words
+    context, mask = tiny_model.second_stage.text_encoder(tokens)
+    torch.testing.assert_close(prediction, tiny_model.second_stage.unet(x, t, context, mask), rtol=1e-4, atol=1e-5)
 
 
 def test_all_images_are_encoded_in_order(tiny_model):

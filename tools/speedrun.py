@@ -41,7 +41,7 @@ CHANGES = {
     "transformers at 2x2, too": {"unet": {"attention": (True, True)}},
     "twice as wide at 2x2": {"unet": {"multipliers": (1, 2)}},
     "min-SNR 5": {"loss": {"min_snr": 5.0}},
-    "more steps of middle noise": {"loss": {"spread": 1.0}},
+    "more steps of middle noise": {"loss": {"logit_normal": (-0.5, 0.8)}},
     "more steps of much noise": {"loss": {"shift": 2.0}},
     "more steps of little noise": {"loss": {"shift": 0.5}},
     "steps drawn alone": {"loss": {"even": False}},
@@ -56,17 +56,22 @@ CHANGES = {
 
 
 def steps_of(
-    n: int, total: int, generator: torch.Generator, spread: float | None = None, even: bool = True, shift: float = 1.0
+    n: int,
+    total: int,
+    generator: torch.Generator,
+    logit_normal: tuple[float, float] | None = None,
+    even: bool = True,
+    shift: float = 1.0,
 ) -> torch.Tensor:
-    """Steps for n samples (n,): one from each of n equal parts, or each alone (not `even`); or logit-normal.
+    """Steps for n samples (n,): one from each of n equal parts, or each alone (not `even`).
 
-    `shift` above 1 moves them to more noise, below 1 to less: t → shift t / (1 + (shift - 1) t) (Esser et al., 2024).
+    `logit_normal` crowds them as in `diffusion_loss`; `shift` above 1 moves them to more noise, below 1 to less:
+    t → shift t / (1 + (shift - 1) t) (Esser et al., 2024).
     """
-    if spread is not None:
-        u = torch.sigmoid(spread * torch.randn(n, generator=generator))
-    else:
-        u = torch.rand(n, generator=generator)
-        u = (torch.arange(n) + u) / n if even else u
+    u = torch.rand(n, generator=generator)
+    u = (torch.arange(n) + u) / n if even else u
+    if logit_normal is not None:
+        u = torch.sigmoid(logit_normal[0] + logit_normal[1] * torch.special.ndtri(u))
     u = shift * u / (1 + (shift - 1) * u)
     return (u * total).long().clamp(max=total - 1)
 
