@@ -215,6 +215,11 @@ def stroke_attributes(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     Slant: -μ11 / μ02 with the central moments μ of the ink, the horizontal shift per pixel of height;
     0 is upright, positive leans to the right (y points down, hence the sign).
     """
+    parts = [_stroke_attributes(batch) for batch in images.split(500)]  # so that a batch stays in the processor's cache
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _stroke_attributes(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     ink = images[:, 0].float() / 255  # (N, H, W)
     area = ink.sum((1, 2)).clamp(min=1e-6)  # (N,)
     dy = ink[:, 1:, :-1] - ink[:, :-1, :-1]  # (N, H-1, W-1)
@@ -264,22 +269,30 @@ def _phrase(*words: str) -> str:
     return f"{'an' if vowel else 'a'} {phrase}"
 
 
-def drop_words(captions: list[str], generator: torch.Generator, p_word: float = 0.1, p_all: float = 0.1) -> list[str]:
+def drop_words(
+    captions: list[str],
+    generator: torch.Generator,
+    p_thin: float = 0.1,
+    p_word: float = 0.5,
+    p_all: float = 0.05,
+) -> list[str]:
     """Captions with words left out at random, so that "seven", "a thin 3" and "" become valid prompts too.
 
-    Each word goes with probability `p_word`, the whole caption with `p_all` (for classifier-free guidance), and half of
-    the digit names are written as figures.
+    A caption goes as a whole with probability `p_all` (for classifier-free guidance). Of the others a share `p_thin` is
+    thinned out: each of their words goes with probability `p_word`. Half of the digit names are written as figures.
     """
     longest = max([6, *(len(caption.split()) for caption in captions)])
-    draws = torch.rand(len(captions), 2 + longest, generator=generator).tolist()
+    draws = torch.rand(len(captions), 3 + longest, generator=generator).tolist()
     return [
-        " ".join(_thin_out(caption.split(), draw, p_word, p_all)) for caption, draw in zip(captions, draws, strict=True)
+        " ".join(_thin_out(caption.split(), draw, p_thin, p_word, p_all))
+        for caption, draw in zip(captions, draws, strict=True)
     ]
 
 
-def _thin_out(words: list[str], draw: list[float], p_word: float, p_all: float) -> list[str]:
-    if draw[0] < p_all:
+def _thin_out(words: list[str], draw: list[float], p_thin: float, p_word: float, p_all: float) -> list[str]:
+    gone, thinned, figure, *each = draw
+    if gone < p_all:
         return []
-    figure = draw[1] < 0.5
-    words = [str(DIGIT_NAMES.index(w)) if figure and w in DIGIT_NAMES else w for w in words]
-    return [w for w, d in zip(words, draw[2:], strict=False) if d >= p_word]
+    if figure < 0.5:
+        words = [str(DIGIT_NAMES.index(w)) if w in DIGIT_NAMES else w for w in words]
+    return [w for w, d in zip(words, each, strict=False) if d >= p_word] if thinned < p_thin else words

@@ -61,6 +61,7 @@ def unet_to_diffusers(config: UNetConfig) -> Rules:
         "upsample.#": "up_blocks.{}.upsamplers.0",
         "time": "time_emb_proj",
         "shortcut": "conv_shortcut",
+        "pooled": "class_embedding",
         "time_mlp.0": "time_embedding.linear_1",
         "time_mlp.2": "time_embedding.linear_2",
         "norm_out": "conv_norm_out",
@@ -68,7 +69,12 @@ def unet_to_diffusers(config: UNetConfig) -> Rules:
 
 
 def unet_to_compvis(config: UNetConfig) -> Rules:
-    """The names of CompVis's UNetModel, by those of UNet: one list down and one up, each entry a stage or a resize."""
+    """The names of CompVis's UNetModel, by those of UNet: one list down and one up, each entry a stage or a resize.
+
+    Raises ValueError for a UNet with `pooled`, which theirs has not.
+    """
+    if config.pooled:
+        raise ValueError("CompVis's UNet takes no token into its time embedding: only one without `pooled` has names.")
     n = config.res_blocks + 1  # entries of a level: down its blocks and a downsampling, up one block more
     return TRANSFORMER | {
         "res.norm1": "res.in_layers.0",
@@ -162,7 +168,6 @@ UNET_AS_HERE = {
     "act_fn": "silu",
     "addition_embed_type": None,
     "center_input_sample": False,
-    "class_embed_type": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "downsample_padding": 1,
@@ -175,10 +180,11 @@ UNET_AS_HERE = {
     "norm_eps": 1e-5,
     "num_class_embeds": None,
     "only_cross_attention": False,
-    "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
     "use_linear_projection": False,
 }
+TIME = ["default", "scale_shift"]  # how diffusers calls what `scale_shift` and `pooled` choose
+POOLED = [None, "simple_projection"]
 AUTOENCODER_AS_HERE = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
 VQ_AS_HERE = {"act_fn": "silu", "norm_type": "group", "lookup_from_codebook": False}
 
@@ -186,6 +192,7 @@ VQ_AS_HERE = {"act_fn": "silu", "norm_type": "group", "lookup_from_codebook": Fa
 def unet_config_to_diffusers(config: UNetConfig, size: int | None = None) -> dict:
     """The config.json of a UNet2DConditionModel; its inputs are `size` × `size` where that is known.
 
+    With `pooled` theirs must be given the context's first token (B, context_dim) as `class_labels`.
     Raises ValueError for a UNet without cross-attention, which diffusers' class cannot be.
     """
     if config.context_dim is None:
@@ -208,6 +215,9 @@ def unet_config_to_diffusers(config: UNetConfig, size: int | None = None) -> dic
             "cross_attention_dim": config.context_dim,
             "transformer_layers_per_block": config.depth,
             "norm_num_groups": config.groups,
+            "resnet_time_scale_shift": TIME[config.scale_shift],
+            "class_embed_type": POOLED[config.pooled],
+            "projection_class_embeddings_input_dim": config.context_dim if config.pooled else None,
         }
         | ({} if config.ff_multiplier == 4 else {"ff_multiplier": config.ff_multiplier})
     )  # a note that diffusers ignores
@@ -219,6 +229,14 @@ def unet_config_from_diffusers(values: dict) -> UNetConfig:
     Raises DataError for a setting that minildm's UNet does not have.
     """
     _refuse_others(values, UNET_AS_HERE)
+    time, pooled = values.get("resnet_time_scale_shift", TIME[0]), values.get("class_embed_type")
+    for key, value, known in (("resnet_time_scale_shift", time, TIME), ("class_embed_type", pooled, POOLED)):
+        if value not in known:
+            raise DataError(
+                f"{key} is {value!r} in this config.json: minildm builds only {known[0]!r} or {known[1]!r}."
+            )
+    if pooled and values.get("projection_class_embeddings_input_dim") != values["cross_attention_dim"]:
+        raise DataError("class_embed_type is 'simple_projection' of another width than that of the context's tokens.")
     widths = values["block_out_channels"]
     heads = values["attention_head_dim"]
     heads = heads if isinstance(heads, list) else [heads] * len(widths)
@@ -240,6 +258,8 @@ def unet_config_from_diffusers(values: dict) -> UNetConfig:
         depth=depths.pop(),
         ff_multiplier=values.get("ff_multiplier", 4),
         groups=values["norm_num_groups"],
+        scale_shift=time == TIME[1],
+        pooled=pooled == POOLED[1],
         **({"heads": heads[0]} if len(set(heads)) == 1 else {"head_size": sizes.pop()}),
     )
 

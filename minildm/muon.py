@@ -9,6 +9,14 @@ from minildm.training import EMA, TrainState
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Jordan's a, b, c
 
 
+def quintic_factor(gram: torch.Tensor) -> torch.Tensor:
+    """a I + b G + c G² of G = M Mᵀ (N, p, p): what makes f(S) of the singular values S when M is multiplied by it."""
+    a, b, c = QUINTIC
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G G
+    factor.diagonal(dim1=1, dim2=2).add_(a)
+    return factor
+
+
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """Matrices U S Vᵀ (N, p, q) with p ≤ q → U f(f(f(f(f(S))))) Vᵀ, whose singular values are from 0.68 to 1.21.
 
@@ -16,13 +24,13 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     f(s) = a s + b s³ + c s⁵ of Jordan et al. (2024). All of it is one factor on the left, a polynomial of M Mᵀ, so that
     only p × p matrices are iterated.
     """
-    a, b, c = QUINTIC
     m = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    one = torch.eye(m.shape[1], dtype=m.dtype, device=m.device).expand(len(m), -1, -1)
-    gram, factor = m @ m.mT, one
-    for _ in range(5):
-        step = a * one + b * gram + c * gram @ gram
-        factor, gram = step @ factor, step @ (step @ gram)  # polynomials of one matrix: their order does not matter
+    gram = m @ m.mT
+    factor = step = quintic_factor(gram)
+    for _ in range(4):
+        gram = step @ (step @ gram)  # polynomials of one matrix: their order does not matter
+        step = quintic_factor(gram)
+        factor = step @ factor
     return factor @ m
 
 

@@ -237,7 +237,7 @@ class LatentDiffusion(nn.Module):
 def encode_all(autoencoder: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     """Raw latents of uint8 images (N, C, H, W), before any sampling or quantising, (N, latent_channels, H/f, W/f)."""
     device = next(autoencoder.parameters()).device
-    return torch.cat([autoencoder.latent(to_float(batch).to(device)).cpu() for batch in images.split(500)])
+    return torch.cat([autoencoder.latent(to_float(batch).to(device)).cpu() for batch in images.split(250)])
 
 
 def second_stage_loss_fn(

@@ -74,7 +74,7 @@ ON_THE_WAY = ("checkpoint", "first_stage", "second_stage", "latents")  # what a 
 
 @dataclass(frozen=True)
 class Stage:
-    """How one stage is trained: images a step, peak learning rate, decay of the EMA, and AdamW's of the weights."""
+    """How a stage is trained with AdamW: images a step, peak learning rate, decay of the EMA and of the weights."""
 
     batch_size: int
     lr: float
@@ -83,14 +83,27 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class MuonStage:
+    """How a stage is trained with Muon: images a step, peak learning rate, decay of the EMA."""
+
+    batch_size: int
+    lr: float
+    ema_decay: float = 0.999
+
+
+@dataclass(frozen=True)
 class TextRecipe:
-    """Text to image on MNIST with captions, both stages; the first takes `first_share` of the budget."""
+    """Text to image on MNIST with captions, both stages; the first takes `first_share` of the budget.
+
+    The second stage draws its steps with `logit_normal`, as in `diffusion_loss`.
+    """
 
     config: LDMConfig
-    first: Stage
-    second: Stage
+    first: MuonStage
+    second: MuonStage
     first_share: float = 0.2
     kl_weight: float = 1e-6
+    logit_normal: tuple[float, float] | None = None
     seed: int = 0
 
 
@@ -147,14 +160,26 @@ RECIPES: dict[str, Recipe] = {
     "mnist-text": TextRecipe(
         config=LDMConfig(
             autoencoder=AutoencoderConfig(latent_channels=3, channels=16, multipliers=(1, 2, 2), groups=4, patch=2),
-            unet=UNetConfig(3, 3, 64, (1, 1), 1, (True, False), ff_multiplier=2, context_dim=64, groups=8),
+            unet=UNetConfig(
+                in_channels=3,
+                out_channels=3,
+                channels=64,
+                multipliers=(1, 1),
+                attention=(True, False),
+                context_dim=64,
+                ff_multiplier=2,
+                groups=8,
+                scale_shift=True,
+                pooled=True,
+            ),
             schedule="cosine",
             target="v",
         ),
-        first=Stage(batch_size=16, lr=1e-2, ema_decay=0.99),
-        second=Stage(batch_size=128, lr=1e-2, ema_decay=0.995),
-        first_share=0.25,
+        first=MuonStage(batch_size=16, lr=1e-2, ema_decay=0.99),
+        second=MuonStage(batch_size=128, lr=1.4e-2, ema_decay=0.995),
+        first_share=0.2,
         kl_weight=1e-2,
+        logit_normal=(-0.5, 0.8),
     ),
     "mnist-classifier": ClassifierRecipe(),
     "mnist-features": FeaturesRecipe(),
@@ -314,7 +339,7 @@ def train_text(recipe: TextRecipe, out: Path, budget: Budget, resume: bool) -> d
             "Start again in another folder with more."
         )
     rest = Budget(steps=budget.steps - first.step) if budget.steps else Budget(seconds=budget.seconds - spent)
-    loss_fn = second_stage_loss_fn(model, latents, captions, stage.batch_size)
+    loss_fn = second_stage_loss_fn(model, latents, captions, stage.batch_size, recipe.logit_normal)
     run_stage("2 diffusion  ", state, loss_fn, rest, stage.lr, out / "second_stage.safetensors", resume)
     second_stage.load_state_dict(state.ema.model.state_dict())
     model.save_pretrained(out)

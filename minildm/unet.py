@@ -30,13 +30,18 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 
 class TimeResBlock(nn.Module):
-    """Residual block that hears the time: x (B, in, H, W), embedding (B, E) → (B, out, H, W)."""
+    """Residual block that hears the time: x (B, in, H, W), embedding (B, E) → (B, out, H, W).
 
-    def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int):
+    The time is added to each channel in front of the second norm; with `scale_shift` it sets each channel's scale and
+    shift behind it (Dhariwal and Nichol, 2021, section 3.1).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int, scale_shift: bool = False):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time = nn.Linear(time_dim, out_channels)
+        self.scale_shift = scale_shift
+        self.time = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
@@ -44,8 +49,13 @@ class TimeResBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(F.silu(emb))[:, :, None, None]
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        time = self.time(F.silu(emb))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)  # (B, out, 1, 1) each
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + time)
+        return self.shortcut(x) + self.conv2(F.silu(h))
 
 
 class Attention(nn.Module):
@@ -123,7 +133,9 @@ class UNetConfig:
     `heads` is the number of heads in every level, unless `head_size` fixes the width of a head in its place;
     `context_dim` the width of the tokens that cross-attention reads (None: no cross-attention); `depth` the number of
     transformer blocks in each transformer; `ff_multiplier` the width of their feed-forward layer; `groups` those of
-    GroupNorm. Raises ValueError when the channels of a level cannot be split like this.
+    GroupNorm. With `scale_shift` the time scales and shifts, as in TimeResBlock; with `pooled` the first token of the
+    context is added to the time embedding, so that the residual blocks hear the prompt as well.
+    Raises ValueError when the channels of a level cannot be split like this, or `pooled` has no context.
     """
 
     in_channels: int = 4
@@ -138,6 +150,8 @@ class UNetConfig:
     ff_multiplier: int = 4
     groups: int = 32
     head_size: int | None = None
+    scale_shift: bool = False
+    pooled: bool = False
 
     def __post_init__(self):
         for name in ("in_channels", "out_channels", "channels", "res_blocks", "depth", "ff_multiplier", "groups"):
@@ -147,6 +161,8 @@ class UNetConfig:
             raise ValueError(f"multipliers must be numbers of at least 1, not {self.multipliers}.")
         if len(self.attention) != len(self.multipliers):
             raise ValueError(f"attention {self.attention} must say yes or no for each of {self.multipliers}.")
+        if self.pooled and self.context_dim is None:
+            raise ValueError("pooled takes the first token of a context: give the UNet a context_dim.")
         part, heads = self.heads, f"{self.heads} heads"
         if self.head_size is not None:
             part, heads = self.head_size, f"heads of {self.head_size}"
@@ -186,7 +202,7 @@ class Stage(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, attention: bool, config: UNetConfig):
         super().__init__()
-        self.res = TimeResBlock(in_channels, out_channels, 4 * config.channels, config.groups)
+        self.res = TimeResBlock(in_channels, out_channels, 4 * config.channels, config.groups, config.scale_shift)
         self.transformer = SpatialTransformer(out_channels, config) if attention else None
 
     def forward(
@@ -211,6 +227,7 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Linear(4 * config.channels, 4 * config.channels),
         )
+        self.pooled = nn.Linear(config.context_dim, 4 * config.channels) if config.pooled else None
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down, self.downsample, self.up, self.upsample = (nn.ModuleList() for _ in range(4))
         skips, current = [widths[0]], widths[0]
@@ -245,6 +262,8 @@ class UNet(nn.Module):
     ) -> torch.Tensor:
         self._check(x, context)
         emb = self.time_mlp(timestep_embedding(t, self.config.channels).to(x.dtype))  # (B, 4·channels)
+        if self.pooled is not None:
+            emb = emb + self.pooled(context[:, 0])
         h = self.conv_in(x)
         skips = [h]
         for i, level in enumerate(self.down):

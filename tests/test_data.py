@@ -342,6 +342,16 @@ def words(mnist):
     return StrokeWords.measure(mnist.x_train, mnist.y_train)
 
 
+def test_strokes_of_many_images_are_those_of_each(mnist):
+    images = mnist.x_test[:1100]  # more than two batches
+    for whole, parts in zip(
+        data.stroke_attributes(images),
+        zip(*(data.stroke_attributes(x[None]) for x in images), strict=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(whole, torch.cat(parts))
+
+
 def test_a_third_of_each_digit_gets_each_word(words, mnist):
     for third in words.thirds(mnist.x_train, mnist.y_train):
         for digit in range(10):
@@ -365,32 +375,36 @@ def test_captions_say_the_digit_and_the_outer_thirds(words, mnist):
 CAPTION = "an upright eight"
 
 
-@given(seed=st.integers(0, 10**6), p_word=st.floats(0, 1), p_all=st.floats(0, 1))
-def test_what_is_left_of_a_caption_keeps_its_order(seed, p_word, p_all):
-    (left,) = drop_words([CAPTION], seeded(seed), p_word, p_all)
+@given(seed=st.integers(0, 10**6), p_thin=st.floats(0, 1), p_word=st.floats(0, 1), p_all=st.floats(0, 1))
+def test_what_is_left_of_a_caption_keeps_its_order(seed, p_thin, p_word, p_all):
+    (left,) = drop_words([CAPTION], seeded(seed), p_thin, p_word, p_all)
     remaining = iter(CAPTION.split())
     assert all(word in remaining for word in left.replace("8", "eight").split())
 
 
 def test_words_are_dropped_as_often_as_asked():
-    n = 20_000
-    left = [caption.split() for caption in drop_words([CAPTION] * n, seeded(0), p_word=0.2, p_all=0.1)]
-    kept = 0.9 * 0.8
+    n, p_thin, p_word, p_all = 20_000, 0.6, 0.3, 0.1
+    left = [caption.split() for caption in drop_words([CAPTION] * n, seeded(0), p_thin, p_word, p_all)]
+    kept = (1 - p_all) * (1 - p_thin * p_word)
     for word, share in (("an", kept), ("upright", kept), ("eight", kept / 2), ("8", kept / 2)):
         assert sum(word in words for words in left) / n == pytest.approx(share, abs=0.015)
-    assert sum(not words for words in left) / n == pytest.approx(0.1 + 0.9 * 0.2**3, abs=0.01)
+    whole = (1 - p_all) * (1 - p_thin + p_thin * (1 - p_word) ** 3)
+    assert sum(len(words) == 3 for words in left) / n == pytest.approx(whole, abs=0.01)
+    assert sum(not words for words in left) / n == pytest.approx(p_all + (1 - p_all) * p_thin * p_word**3, abs=0.01)
 
 
 def test_long_captions_keep_their_last_word():
     seven_words = "a thick thick thick thick upright 7"
-    assert drop_words([seven_words], seeded(0), 0, 0) == [seven_words]
+    assert drop_words([seven_words], seeded(0), p_word=0, p_all=0) == [seven_words]
     long = " ".join(["thin"] * 20 + ["3"])
-    assert drop_words([long, "3", ""], seeded(0), 0, 0) == [long, "3", ""]
+    assert drop_words([long, "3", ""], seeded(0), p_thin=1, p_word=0, p_all=0) == [long, "3", ""]
     assert drop_words([], seeded(0)) == []
 
 
 def test_dropping_nothing_or_everything():
-    assert set(drop_words([CAPTION] * 50, seeded(0), p_word=0, p_all=0)) == {CAPTION, "an upright 8"}
+    for nothing in ({"p_thin": 0}, {"p_thin": 1, "p_word": 0}):
+        assert set(drop_words([CAPTION] * 50, seeded(0), p_all=0, **nothing)) == {CAPTION, "an upright 8"}
+    assert set(drop_words([CAPTION] * 50, seeded(0), p_thin=1, p_word=1, p_all=0)) == {""}
     assert set(drop_words([CAPTION] * 50, seeded(0), p_all=1)) == {""}
 
 

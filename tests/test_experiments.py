@@ -106,18 +106,21 @@ def test_first_stage(run, monkeypatch, nothing_again, capsys):
 
 def test_guidance(run, monkeypatch, nothing_again, capsys):
     monkeypatch.setattr(guidance, "SCALES", (0.0, 2.0))
-    monkeypatch.setattr(guidance, "INTERVALS", {"early": ((600, 1000), (2.0,)), "last": ((0, 600), (3.0,))})
+    early = {"guidance_interval": (600, 1000)}
+    monkeypatch.setattr(guidance, "VARIANTS", {"early": early, "mild": early | {"guidance_rescale": 1.0}})
+    monkeypatch.setattr(guidance, "VARIANT_SCALES", (3.0,))
     monkeypatch.setattr(guidance, "SAMPLING", {"sampler": "dpm++", "steps": 2})
     result = run("guidance", "--samples", 40)
     assert [row["guidance_scale"] for row in result["rows"]] == [0.0, 2.0]
     for row in result["rows"]:
         assert row.keys() == FIGURES | {"guidance_scale", "sampler", "steps"}
         assert row["samples"] == 40
-    (early,), (last,) = result["early_rows"], result["last_rows"]
-    assert early.keys() == last.keys() == FIGURES | {"guidance_scale", "guidance_interval", "sampler", "steps"}
-    assert early["guidance_interval"] == [600, 1000] and early["guidance_scale"] == 2.0
-    assert last["guidance_interval"] == [0, 600] and last["guidance_scale"] == 3.0
-    assert len({row["frechet_distance"] for row in (*result["rows"], early, last)}) == 4
+    (early,), (mild,) = result["early_rows"], result["mild_rows"]
+    assert early.keys() == FIGURES | {"guidance_scale", "guidance_interval", "sampler", "steps"}
+    assert mild.keys() == early.keys() | {"guidance_rescale"}
+    for row in (early, mild):
+        assert row["guidance_interval"] == [600, 1000] and row["guidance_scale"] == 3.0
+    assert len({row["frechet_distance"] for row in (*result["rows"], early, mild)}) == 4
     assert result["real"].keys() == REAL
     assert result["real"]["frechet_distance"] < result["rows"][0]["frechet_distance"]
     check_about(result, "guidance", "--samples 40")
@@ -287,6 +290,16 @@ def test_snapshots_are_taken_after_each_share_and_keep_their_weights(tiny_model,
     assert [(elapsed, step) for elapsed, step, _ in snapshots] == [(2, 2), (8, 8)]
     weights = [snapshot.unet.conv_in.weight for _, _, snapshot in snapshots]
     assert not torch.equal(*weights)
+
+
+def test_second_stages_are_trained_as_the_recipe_says(tiny_model, monkeypatch):
+    recipe = recipes.RECIPES["mnist-text"]
+    monkeypatch.setitem(recipes.RECIPES, "mnist-text", replace(recipe, logit_normal=(3.0, 0.1)))
+    seen, model = [], SecondStage(tiny_model.config)
+    model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
+    z = torch.randn(20, *tiny_model.latent_shape, generator=seeded(0))
+    common.train_with_snapshots(model, z, ["a one"] * 20, tiny_model.config, 0.01, (1,))
+    assert seen[0].min() > 900
 
 
 # what they refuse, and what was measured

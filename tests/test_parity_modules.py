@@ -63,6 +63,8 @@ def unet_case(seed: int) -> tuple[UNetConfig, dict]:
         ff_multiplier=draw.choice([1, 2, 4, 4]),
         groups=groups,
         head_size=head_size,
+        scale_shift=seed % 2 == 1,
+        pooled=seed % 5 != 4 and seed % 3 == 1,
     )
     batch = draw.choice([1, 3, 5])
     height, width = (side * 2 ** (levels - 1) for side in draw.choice(SIZES[levels]))
@@ -107,6 +109,7 @@ def test_the_random_configurations_reach_what_they_should():
     assert {config.heads for config in configs if config.head_size is None} == {1, 2, 4}
     assert {config.head_size for config in configs} == {None, 2, 4}
     assert any(len(set(config.attention)) == 2 for config in configs)  # at some levels only
+    assert len({(config.scale_shift, config.pooled) for config in configs}) == 4
     assert {None} < {config.context_dim for config in configs}
     tokens = {case["context"].shape[1] for case in inputs if "context" in case}
     assert {1, 77} <= tokens and any("mask" in case for case in inputs)
@@ -171,6 +174,11 @@ def assert_same(ours: torch.nn.Module, theirs: torch.nn.Module, run_ours, run_th
     assert sum(g.abs().max().item() > 1e-6 for g in weights.values()) > 0.8 * len(weights)  # in most weights too
 
 
+def first_token(config: UNetConfig, context: torch.Tensor | None) -> torch.Tensor | None:
+    """What diffusers' UNet wants as class labels where ours pools the context."""
+    return context[:, 0] if config.pooled else None
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_unets_agree(seed):
     config, inputs = unet_case(seed)
@@ -181,7 +189,7 @@ def test_unets_agree(seed):
         ours,
         theirs,
         lambda x: ours(x, t, context, mask),
-        lambda x: theirs(x, t, context, encoder_attention_mask=mask).sample,
+        lambda x: theirs(x, t, context, first_token(config, context), encoder_attention_mask=mask).sample,
         inputs["x"],
     )
 
@@ -263,6 +271,8 @@ PARTS = [
     "attention above",
     "narrow unet",
     "sized heads",
+    "scale and shift",
+    "pooled",
     "autoencoder",
     "vq",
     "patches",
@@ -278,6 +288,8 @@ def model(request):
         "one level": UNetConfig(3, 3, 8, (1,), 1, (True,), 2, 5, ff_multiplier=2, groups=4),
         "attention above": UNetConfig(3, 3, 8, (1, 1), 1, (True, False), 2, 5, groups=4),
         "sized heads": UNetConfig(3, 3, 8, (1, 2, 3), 1, (True, False, True), context_dim=5, groups=4, head_size=4),
+        "scale and shift": UNetConfig(3, 3, 8, (1, 2), 1, (False, True), 2, 5, groups=4, scale_shift=True),
+        "pooled": UNetConfig(3, 3, 8, (1, 2), 1, (False, True), 2, 5, groups=4, pooled=True),
         "autoencoder": AutoencoderConfig(
             3, 4, 8, (1, 2, 2), 2, True, 4, latent_shift=(1.0, 2, 3, 4), latent_scale=(0.5, 1, 2, 4)
         ),
@@ -307,8 +319,19 @@ def run(model: torch.nn.Module) -> torch.Tensor:
         q = model.encode(x)
         decoded = model.decode(getattr(q, "latents", q))
     else:
-        decoded = model(x, torch.tensor([7, 800]), torch.randn(2, 6, 5, generator=seeded(5)).double())
+        context = torch.randn(2, 6, 5, generator=seeded(5)).double()
+        pooled = isinstance(model, UNet2DConditionModel) and model.config.class_embed_type
+        extra = {"class_labels": context[:, 0]} if pooled else {}
+        decoded = model(x, torch.tensor([7, 800]), context, **extra)
     return F.pixel_shuffle(getattr(decoded, "sample", decoded), patch)
+
+
+with_compvis_names = pytest.mark.parametrize("model", [part for part in PARTS if part != "pooled"], indirect=True)
+
+
+def test_a_unet_that_pools_has_no_names_of_compvis():
+    with pytest.raises(ValueError, match="only one without `pooled` has names"):
+        to_compvis(UNet(UNetConfig(3, 3, 8, (1, 2), 1, (False, True), 2, 5, groups=4, pooled=True)))
 
 
 def test_a_saved_model_loads_in_diffusers_and_comes_back(model, tmp_path):
@@ -327,6 +350,7 @@ def test_a_state_dict_and_a_config_are_enough(model):
         from_diffusers(weights)
 
 
+@with_compvis_names
 def test_compvis_names_are_those_that_diffusers_converts(model):
     compvis, config = to_compvis(model), {"layers_per_block": model.config.res_blocks}
     if isinstance(model, UNet):
@@ -344,6 +368,7 @@ def test_compvis_names_are_those_that_diffusers_converts(model):
     assert all(torch.equal(converted[k], v) for k, v in expected.items())
 
 
+@with_compvis_names
 def test_a_compvis_checkpoint_comes_back(model):
     other = {"cond_stage_model.x": torch.ones(1), "betas": torch.ones(3)}
     assert same_model(from_compvis(to_compvis(model) | other, model.config), model)
@@ -383,6 +408,8 @@ def test_wrong_keys_are_named(model, how, says, tmp_path):
     save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(DataError, match=rf"diffusion_pytorch_model.safetensors .*{key} {says}"):
         from_diffusers(tmp_path)
+    if getattr(model.config, "pooled", False):  # which has no names of CompVis
+        return
     weights = to_compvis(model)
     key = next(iter(weights)) if how != "extra" else f"{next(iter(weights))}s"
     weights[key] = torch.zeros(1, 2, 3)
@@ -398,6 +425,12 @@ def test_wrong_keys_are_named(model, how, says, tmp_path):
         ({"use_linear_projection": True}, "use_linear_projection is True"),
         ({"flip_sin_to_cos": False}, "flip_sin_to_cos is False"),
         ({"norm_eps": 1e-6}, "norm_eps is 1e-06"),
+        ({"resnet_time_scale_shift": "ada_group"}, "resnet_time_scale_shift is 'ada_group'"),
+        ({"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
+        (
+            {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 6},
+            "of another width than that of the context's tokens",
+        ),
         ({"attention_head_dim": [1, 8]}, "one number or one size of heads"),
         ({"block_out_channels": [8, 12]}, "a multiple of the first level's 8"),
         ({"norm_num_groups": 3}, "cannot be split into 3 groups"),

@@ -348,6 +348,14 @@ def test_a_whole_tiny_run_from_raw_data_to_figures(tiny_recipe, tmp_path):
     assert not list(out.glob(".*"))  # no temporary file is left
 
 
+def test_a_run_takes_the_recipe_s_draw(tiny_recipe, monkeypatch, tmp_path):
+    seen, loss_fn = [], recipes.second_stage_loss_fn
+    monkeypatch.setattr(recipes, "second_stage_loss_fn", lambda *a: seen.append(a[-1]) or loss_fn(*a))
+    monkeypatch.setitem(recipes.RECIPES, "tiny", replace(tiny.RECIPE, logit_normal=(-0.3, 0.6)))
+    recipes.train_recipe("tiny", tmp_path / "run", Budget(steps=3))
+    assert seen == [(-0.3, 0.6)]
+
+
 def test_a_classifier_run_writes_a_judge(tiny_recipe, monkeypatch, tmp_path):
     monkeypatch.undo()
     monkeypatch.setattr(recipes, "load_mnist", tiny.small_mnist)

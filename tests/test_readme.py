@@ -75,22 +75,15 @@ def test_each_number_in_the_table_was_measured(label, column, cell):
 def test_the_paragraph_on_guidance_is_what_the_experiment_measured():
     guidance = read("results/guidance.json")
     rows = {row["guidance_scale"]: row for row in guidance["rows"]}
-    late = {row["guidance_scale"]: row for row in guidance["late_rows"]}[6.0]
+    rescaled = {row["guidance_scale"]: row for row in guidance["rescaled_rows"]}[2.0]
     text = " ".join(README.split())
     for name, row in (("without it (w = 1)", rows[1.0]), ("in every step (w = 1.25)", rows[1.25])):
         missed = round((1 - row["accuracy"]) * row["samples"])
         assert re.search(rf"{re.escape(name)} {missed}\b[^;]* {row['frechet_distance']:.2f};", text)
-    missed = round((1 - late["accuracy"]) * late["samples"])
-    assert f"in the late steps (w = 6 at t < 300) {missed} and {late['frechet_distance']:.2f}." in text
-    card = read("results/cards/mnist-text-guided-in-the-middle.json")
-    assert card["configuration"] == CARD["configuration"] and card["steps"] == CARD["steps"]
-    figures = card["metrics"]
-    (low, high), scale, steps = (figures[name] for name in ("guidance_interval", "guidance_scale", "steps"))
+    missed = round((1 - rescaled["accuracy"]) * rescaled["samples"])
     assert (
-        f"with w = {scale:g} at {low:g} ≤ t < {high:g} in {steps} steps the shipped weights are read as well "
-        f"({100 * figures['prompt_accuracy']:.1f} %) with a precision of {figures['precision']:.2f}, "
-        f"at a distance of {figures['frechet_distance_10000']:.2f} and a recall of {figures['recall']:.2f}."
-    ) in text
+        f"in the steps at t < 500 alone and rescaled (w = 2) {missed} and {rescaled['frechet_distance']:.2f}." in text
+    )
     assert f"of {guidance['rows'][0]['samples']:,} drawings without it" in text
     real = guidance["real"]["frechet_distance"]
     assert f"{guidance['rows'][0]['samples']:,} real training digits stand at {real:.1f}," in text
@@ -105,13 +98,15 @@ def test_the_settings_and_the_judge_named_above_the_table_are_those_measured_wit
     assert METRICS["samples"] == FIVE["metrics"]["samples"] == 10_000
     assert FIVE["metrics"]["sampler"] == METRICS["sampler"] == "dpm++"
     text = " ".join(README.split())
+    for name in ("steps", "guidance_interval", "guidance_rescale"):
+        assert FIVE["metrics"][name] == METRICS[name]
     (low, high), scale, steps = (METRICS[name] for name in ("guidance_interval", "guidance_scale", "steps"))
-    assert low == 0
-    assert f"the shipped weights with w = {scale:g} at t < {high:g} in {steps} steps" in text
-    options = f"--sampler dpm++ --steps {steps} --guidance-scale {scale:g} --guidance-interval {low:g} {high:g}"
-    assert f"(`python -m minildm evaluate mnist-text {options}`)" in text
-    (low, high), scale, steps = (FIVE["metrics"][name] for name in ("guidance_interval", "guidance_scale", "steps"))
-    assert f"those of five minutes with w = {scale:g} at {low:g} ≤ t < {high:g} in {steps} steps" in text
+    assert METRICS["guidance_rescale"] == 1 and low == 0
+    assert f"in {steps} steps, guided at t < {high:g} and rescaled" in text
+    options = f"--sampler dpm++ --steps {steps} --guidance-scale {scale:g} --guidance-interval 0 {high:g}"
+    assert f"(`python -m minildm evaluate mnist-text {options} --guidance-rescale 1`)" in text
+    assert f"the shipped weights with w = {scale:g} (" in text
+    assert f"those of five minutes with w = {FIVE['metrics']['guidance_scale']:g}" in text
     assert f"({100 * JUDGE['test_accuracy']:.1f} % on the test set)" in README
 
 

@@ -1,6 +1,7 @@
 """Lesson 04: attention against an explicit softmax, the time's and the prompt's way into the UNet, and its shapes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,6 +144,33 @@ def test_time_is_added_to_each_channel_between_the_convolutions():
     torch.testing.assert_close(block(x, emb), block.shortcut(x) + block.conv2(silu(block.norm2(h))))
 
 
+def test_time_scales_and_shifts_each_channel_behind_the_norm():
+    torch.manual_seed(0)
+    block = awake(TimeResBlock(4, 6, 5, 2, scale_shift=True))
+    x, emb = torch.randn(2, 4, 3, 3), torch.randn(2, 5)
+    silu = torch.nn.functional.silu
+    scale, shift = block.time(silu(emb))[:, :6], block.time(silu(emb))[:, 6:]
+    h = torch.einsum("bchw,bc->bchw", block.norm2(block.conv1(silu(block.norm1(x)))), 1 + scale)
+    h = h + shift.view(2, 6, 1, 1)
+    torch.testing.assert_close(block(x, emb), block.shortcut(x) + block.conv2(silu(h)))
+
+
+def test_the_first_token_joins_the_time_embedding():
+    torch.manual_seed(0)
+    unet = awake(UNet(replace(TOY, pooled=True)))
+    x, t, context = torch.randn(2, 3, 4, 4), torch.tensor([3, 700]), torch.randn(2, 3, 6)
+    heard = []
+    unet.middle[0].res.register_forward_pre_hook(lambda _, arguments: heard.append(arguments[1]))
+    unet(x, t, context)
+    time = unet.time_mlp(timestep_embedding(t, TOY.channels))
+    torch.testing.assert_close(heard[0], time + context[:, 0] @ unet.pooled.weight.T + unet.pooled.bias)
+
+
+def test_only_a_unet_with_a_context_can_pool():
+    with pytest.raises(ValueError, match="pooled takes the first token of a context"):
+        UNetConfig(pooled=True)
+
+
 # the UNet
 
 
@@ -181,8 +209,9 @@ def test_stable_diffusion_s_unet_has_its_parameter_count():
 
 def test_every_residual_branch_starts_as_nothing():
     torch.manual_seed(0)
-    block, x = TimeResBlock(4, 4, 5, 2), torch.randn(2, 4, 4, 4)
-    assert torch.equal(block(x, torch.randn(2, 5)), x)
+    for scale_shift in (False, True):
+        block, x = TimeResBlock(4, 4, 5, 2, scale_shift), torch.randn(2, 4, 4, 4)
+        assert torch.equal(block(x, torch.randn(2, 5)), x)
     transformer, x = SpatialTransformer(8, TOY), torch.randn(2, 8, 4, 4)
     assert torch.equal(transformer(x, torch.randn(2, 3, 6), None), x)
     assert not any(p.any() for p in zero_init(torch.nn.Linear(2, 2)).parameters())

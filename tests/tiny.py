@@ -20,7 +20,9 @@ CONFIG = LDMConfig(
     unet=UNetConfig(channels=8, multipliers=(1, 2), heads=2, context_dim=8, ff_multiplier=2, groups=4),
     text_depth=1,
 )
-RECIPE = recipes.TextRecipe(CONFIG, first=recipes.Stage(8, 2e-3), second=recipes.Stage(8, 1e-3), first_share=0.4)
+RECIPE = recipes.TextRecipe(
+    CONFIG, first=recipes.MuonStage(8, 2e-3), second=recipes.MuonStage(8, 1e-3), first_share=0.4
+)
 
 
 def figures(n: int) -> set[str]:

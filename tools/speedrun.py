@@ -41,10 +41,13 @@ CHANGES = {
     "transformers at 2x2, too": {"unet": {"attention": (True, True)}},
     "twice as wide at 2x2": {"unet": {"multipliers": (1, 2)}},
     "min-SNR 5": {"loss": {"min_snr": 5.0}},
-    "more steps of middle noise": {"loss": {"logit_normal": (-0.5, 0.8)}},
-    "more steps of much noise": {"loss": {"shift": 2.0}},
-    "more steps of little noise": {"loss": {"shift": 0.5}},
-    "steps drawn alone": {"loss": {"even": False}},
+    "time added": {"unet": {"scale_shift": False}},
+    "no token in the time": {"unet": {"pooled": False}},
+    "all captions thinned": {"loss": {"drop": {"p_thin": 1.0, "p_word": 0.1, "p_all": 0.1}}},
+    "even steps": {"loss": {"logit_normal": None}},
+    "more steps of much noise": {"loss": {"logit_normal": (0.3, 0.8)}},
+    "more steps of little noise": {"loss": {"logit_normal": (-1.1, 0.8)}},
+    "steps drawn alone": {"loss": {"alone": True}},
     "linear schedule": {"config": {"schedule": "linear"}},
     "eps target": {"config": {"target": "eps"}},
     "channels-first": {"layout": torch.contiguous_format},
@@ -56,33 +59,23 @@ CHANGES = {
 
 
 def steps_of(
-    n: int,
-    total: int,
-    generator: torch.Generator,
-    logit_normal: tuple[float, float] | None = None,
-    even: bool = True,
-    shift: float = 1.0,
+    n: int, total: int, generator: torch.Generator, logit_normal: tuple[float, float] | None, alone: bool = False
 ) -> torch.Tensor:
-    """Steps for n samples (n,): one from each of n equal parts, or each alone (not `even`).
-
-    `logit_normal` crowds them as in `diffusion_loss`; `shift` above 1 moves them to more noise, below 1 to less:
-    t → shift t / (1 + (shift - 1) t) (Esser et al., 2024).
-    """
-    u = torch.rand(n, generator=generator)
-    u = (torch.arange(n) + u) / n if even else u
+    """Steps for n samples (n,) as `diffusion_loss` draws them; or each `alone`, not one from each of n parts."""
+    places = torch.rand(n, generator=generator)
+    places = places if alone else (torch.arange(n) + places) / n
     if logit_normal is not None:
-        u = torch.sigmoid(logit_normal[0] + logit_normal[1] * torch.special.ndtri(u))
-    u = shift * u / (1 + (shift - 1) * u)
-    return (u * total).long().clamp(max=total - 1)
+        places = torch.sigmoid(logit_normal[0] + logit_normal[1] * torch.special.ndtri(places))
+    return (places * total).long().clamp(max=total - 1)
 
 
 def loss_function(model: LatentDiffusion, latents: torch.Tensor, captions: list[str], batch_size: int, **loss):
-    """The recipe's loss with another draw of the steps, or weighted by min(SNR, γ)/(SNR+1) (Hang et al., 2023)."""
-    min_snr, kind = loss.pop("min_snr", None), model.config.target
+    """The recipe's loss with other steps, other words, or weighted by min(SNR, γ)/(SNR+1) (Hang et al., 2023)."""
+    min_snr, drop, kind = loss.pop("min_snr", None), loss.pop("drop", {}), model.config.target
 
     def loss_fn(second_stage, generator):
         index = batch_indices(len(latents), batch_size, generator)
-        tokens = model.tokenizer.encode(drop_words([captions[i] for i in index.tolist()], generator))
+        tokens = model.tokenizer.encode(drop_words([captions[i] for i in index.tolist()], generator, **drop))
         z, t = latents[index], steps_of(batch_size, len(model.schedule), generator, **loss)
         eps = torch.randn(z.shape, generator=generator)
         prediction = second_stage(model.schedule.add_noise(z, t, eps), t, tokens=tokens)
@@ -151,7 +144,8 @@ def measure(name: str, seed: int, budget: Budget, samples: int) -> str:
     stage = replace(recipe.second, **change.get("stage", {}))
     second_stage = model.second_stage.requires_grad_(True)
     state = change.get("optimiser", start_muon)(second_stage, stage.lr, seed, ema_decay=stage.ema_decay)
-    loss_fn = loss_function(model, latents, captions, stage.batch_size, **change.get("loss", {}))
+    loss = {"logit_normal": recipe.logit_normal} | change.get("loss", {})
+    loss_fn = loss_function(model, latents, captions, stage.batch_size, **loss)
     faster = torch.compile(second_stage) if change.get("compiled") else second_stage  # the same weights
     for _ in train(state, lambda _, generator: loss_fn(faster, generator), budget, stage.lr):
         pass

@@ -167,13 +167,15 @@ def train_with_snapshots(
     batch_size: int = BATCH,
 ) -> list[tuple[float, int, nn.Module]]:
     """Train for `seconds`; (elapsed, step, averaged model) after each share of them."""
-    stage, tokenizer = RECIPES["mnist-text"].second, Tokenizer(config.words)
-    schedule, device = make_schedule(config.schedule), pick_device()
+    recipe, tokenizer = RECIPES["mnist-text"], Tokenizer(config.words)
+    schedule = make_schedule(config.schedule, beta_start=config.beta_start, beta_end=config.beta_end)
+    stage, draws, device = recipe.second, recipe.logit_normal, pick_device()
 
     def loss_fn(model: SecondStage, generator: torch.Generator) -> torch.Tensor:
         index = batch_indices(len(latents), batch_size, generator)
         tokens = tokenizer.encode(drop_words([captions[i] for i in index.tolist()], generator)).to(device)
-        return diffusion_loss(model, schedule, latents[index].to(device), generator, config.target, tokens=tokens)
+        z = latents[index].to(device)
+        return diffusion_loss(model, schedule, z, generator, config.target, draws, tokens=tokens)
 
     state = start_muon(model, stage.lr, SEED, stage.ema_decay)
     marks, snapshots = [share * seconds for share in shares], []
@@ -199,7 +201,8 @@ def draw(
 
     `walk(denoise, schedule, x, steps, generator)` is a sampler such as `sample`, whose default is DDIM.
     """
-    schedule, tokenizer, device, images = make_schedule(config.schedule), Tokenizer(config.words), pick_device(), []
+    schedule = make_schedule(config.schedule, beta_start=config.beta_start, beta_end=config.beta_end)
+    tokenizer, device, images = Tokenizer(config.words), pick_device(), []
     for start in range(0, len(prompts), batch):
         part, generator = prompts[start : start + batch], seeded(start)
         tokens = tokenizer.encode(part).to(device)

@@ -156,7 +156,8 @@ def predict(unet: nn.Module, x: torch.Tensor, t: torch.Tensor, context: torch.Te
     """The output (B, c, h, w) of either library's UNet."""
     if isinstance(unet, UNet):
         return unet(x, t, context, mask)
-    return unet(x, t, context, encoder_attention_mask=mask, return_dict=False)[0]
+    first = context[:, 0] if unet.config.class_embed_type else None  # `pooled`
+    return unet(x, t, context, class_labels=first, encoder_attention_mask=mask, return_dict=False)[0]
 
 
 def reconstruct(autoencoder: nn.Module, x: torch.Tensor, generator: torch.Generator | None = None):

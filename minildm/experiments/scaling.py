@@ -81,7 +81,8 @@ def fixed_loss(model: SecondStage, config: LDMConfig, latents: torch.Tensor, pro
 
     Always with the same noise, so that two models differ by what they predict and not by what they were asked.
     """
-    schedule, device = make_schedule(config.schedule), pick_device()
+    schedule = make_schedule(config.schedule, beta_start=config.beta_start, beta_end=config.beta_end)
+    device = pick_device()
     eps = torch.randn(latents.shape, generator=seeded(SEED)).to(device)
     tokens, z = Tokenizer(config.words).encode(prompts).to(device), latents.to(device)
     losses = []
