@@ -540,7 +540,8 @@ def diffusers_sample(folder, model: LatentDiffusion, prompts: list[str], steps: 
     conditioning = model.conditioning(prompts)
     z = torch.randn(len(prompts), *model.latent_shape, generator=seeded(0))
     for t in scheduler.timesteps:
-        prediction = unet(z, t, conditioning["context"], encoder_attention_mask=conditioning["mask"]).sample
+        context, mask = conditioning["context"], conditioning["mask"]
+        prediction = unet(z, t, context, class_labels=context[:, 0], encoder_attention_mask=mask).sample
         z = scheduler.step(prediction, t, z).prev_sample
     mean, std = (torch.tensor(vae.config[key]).view(-1, 1, 1) for key in ("latents_mean", "latents_std"))
     images = vae.decode(z * std / vae.config.scaling_factor + mean).sample
