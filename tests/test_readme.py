@@ -107,12 +107,15 @@ def test_the_settings_and_the_judge_named_above_the_table_are_those_measured_wit
     assert f"(`python -m minildm evaluate mnist-text {options} --guidance-rescale 1`)" in text
     assert f"the shipped weights with w = {scale:g} (" in text
     assert f"those of five minutes with w = {FIVE['metrics']['guidance_scale']:g}" in text
-    first = read("results/cards/mnist-text-5-minutes-first.json")
-    assert first["configuration"] == FIVE["configuration"] and first["command"] == FIVE["command"]
-    assert all(first["metrics"][name] == FIVE["metrics"][name] for name in ("steps", "guidance_scale", "sampler"))
-    figures = first["metrics"]
-    figures = f"{100 * figures['prompt_accuracy']:.1f} % and {figures['frechet_distance_10000']:.2f}"
-    assert f"on an earlier one, which stands at {figures} (" in text
+    for name in ("first", "slow"):
+        card = read(f"results/cards/mnist-text-5-minutes-{name}.json")
+        assert card["configuration"] == FIVE["configuration"] and card["command"] == FIVE["command"]
+        setting = "steps", "guidance_scale", "guidance_interval", "guidance_rescale", "sampler", "samples"
+        assert all(card["metrics"][key] == FIVE["metrics"][key] for key in setting)
+        figures = "{:.1f} % and {frechet_distance_10000:.2f}".format(
+            100 * card["metrics"]["prompt_accuracy"], **card["metrics"]
+        )
+        assert re.search(rf"stands at {figures} \(\[[a-z ]*\]\([^)]*-{name}\.json\)", text)
     assert f"({100 * JUDGE['test_accuracy']:.1f} % on the test set)" in README
 
 

@@ -67,8 +67,17 @@ def unet_config(factor: int, channels: int) -> UNetConfig:
     """
     multipliers = UNET_MULTIPLIERS[factor]
     attention = (*[False] * (len(multipliers) - 1), True)
-    shape = UNetConfig(channels, channels, 32, multipliers, attention=attention, context_dim=64, groups=8)
-    return replace(shape, scale_shift=True, pooled=True)
+    return UNetConfig(
+        in_channels=channels,
+        out_channels=channels,
+        channels=32,
+        multipliers=multipliers,
+        attention=attention,
+        context_dim=64,
+        groups=8,
+        scale_shift=True,
+        pooled=True,
+    )
 
 
 def second_stage_curve(work: Path, factor: int, seconds: float, samples: int) -> dict:
