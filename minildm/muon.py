@@ -64,13 +64,16 @@ class Muon(torch.optim.Optimizer):
                 out, rest = weight.flatten(1).shape
                 direction = direction.T if out > rest else direction  # (out, rest)
                 length = matrices["lr"] * max(1.0, out / rest) ** 0.5
-                weight.sub_(direction.reshape(weight.shape), alpha=length)
+                channels_last = weight.movedim(1, -1)  # (out, …, in), the order of _ahead
+                channels_last.sub_(direction.reshape(channels_last.shape), alpha=length)
 
     def _ahead(self, weight: nn.Parameter, momentum: float) -> torch.Tensor:
         """Take in the gradient of a weight (out, …); Nesterov's average as a matrix (p, q) with p ≤ q."""
-        average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+        if weight not in self.state:
+            self.state[weight]["momentum"] = torch.zeros_like(weight)
+        average = self.state[weight]["momentum"]
         average.lerp_(weight.grad, 1 - momentum)
-        ahead = weight.grad.lerp(average, momentum).flatten(1)  # (out, rest)
+        ahead = weight.grad.lerp(average, momentum).movedim(1, -1).flatten(1)  # (out, rest), as kernels lie in memory
         return ahead.T if ahead.shape[0] > ahead.shape[1] else ahead
 
 

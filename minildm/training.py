@@ -65,9 +65,10 @@ class EMA:
         """Take in the weights of `model` after an optimiser step."""
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        for average, weight in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
-            if average.is_floating_point():
-                average.lerp_(weight, 1 - decay)
+        averages, weights = (
+            [v for v in (*m.parameters(), *m.buffers()) if v.is_floating_point()] for m in (self.model, model)
+        )
+        torch._foreach_lerp_(averages, weights, 1 - decay)  # all of them in one call
 
 
 @dataclass

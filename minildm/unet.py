@@ -22,6 +22,35 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+TAPS = torch.tensor([[4, 5, 7, 8], [3, 4, 6, 7], [1, 2, 4, 5], [0, 1, 3, 4]])  # a 3×3 kernel on a 2×2 map
+
+
+class Conv(nn.Conv2d):
+    """A 1×1 or 3×3 convolution that keeps the size: (B, in, H, W) → (B, out, H, W), as nn.Conv2d gives it.
+
+    In the memory format channels_last, a 1×1 kernel on any map and a 3×3 kernel on a 2×2 map are one matrix product.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, size: int):
+        super().__init__(in_channels, out_channels, size, padding=size // 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_contiguous(memory_format=torch.channels_last):
+            rows = x.permute(0, 2, 3, 1)  # (B, H, W, in), as it lies in memory
+            if self.kernel_size == (1, 1):
+                return F.linear(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+            if x.shape[2:] == (2, 2):
+                y = F.linear(rows.flatten(1), self._full_matrix(), self.bias.repeat(4))  # (B, 4·out)
+                return y.view(len(x), 2, 2, -1).permute(0, 3, 1, 2)
+        return super().forward(x)
+
+    def _full_matrix(self) -> torch.Tensor:
+        """The weights from all four positions to all four, (4·out, 4·in): blocks (out, in) chosen by TAPS."""
+        taps = self.weight.permute(2, 3, 0, 1).flatten(0, 1)  # (9, out, in)
+        blocks = taps.index_select(0, TAPS.flatten().to(taps.device)).unflatten(0, (4, 4))  # (to, from, out, in)
+        return blocks.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+
+
 def zero_init(module: nn.Module) -> nn.Module:
     """Set all parameters to zero, so that the branch ending in this module starts as nothing."""
     for parameter in module.parameters():
@@ -39,13 +68,13 @@ class TimeResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, groups: int, scale_shift: bool = False):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv(in_channels, out_channels, 3)
         self.scale_shift = scale_shift
         self.time = nn.Linear(time_dim, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_init(Conv(out_channels, out_channels, 3))
         same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if same else Conv(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -183,12 +212,12 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(config.groups, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.proj_in = Conv(channels, channels, 1)
         self.blocks = nn.ModuleList(
             TransformerBlock(channels, config.heads_of(channels), config.context_dim, config.ff_multiplier)
             for _ in range(config.depth)
         )
-        self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
+        self.proj_out = zero_init(Conv(channels, channels, 1))
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
         h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
