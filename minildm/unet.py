@@ -41,7 +41,7 @@ class Conv(nn.Conv2d):
                 return F.linear(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
             if x.shape[2:] == (2, 2):
                 y = F.linear(rows.flatten(1), self._full_matrix(), self.bias.repeat(4))  # (B, 4·out)
-                return y.view(len(x), 2, 2, -1).permute(0, 3, 1, 2)
+                return y.view(len(x), 2, 2, self.out_channels).permute(0, 3, 1, 2)
         return super().forward(x)
 
     def _full_matrix(self) -> torch.Tensor:

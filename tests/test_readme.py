@@ -107,7 +107,7 @@ def test_the_settings_and_the_judge_named_above_the_table_are_those_measured_wit
     assert f"(`python -m minildm evaluate mnist-text {options} --guidance-rescale 1`)" in text
     assert f"the shipped weights with w = {scale:g} (" in text
     assert f"those of five minutes with w = {FIVE['metrics']['guidance_scale']:g}" in text
-    for name in ("first", "slow"):
+    for name in ("first", "second", "slow", "again"):
         card = read(f"results/cards/mnist-text-5-minutes-{name}.json")
         assert card["configuration"] == FIVE["configuration"] and card["command"] == FIVE["command"]
         setting = "steps", "guidance_scale", "guidance_interval", "guidance_rescale", "sampler", "samples"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from minildm.data import seeded
 from minildm.unet import (
     Attention,
+    Conv,
     FeedForward,
     SpatialTransformer,
     TimeResBlock,
@@ -43,6 +44,41 @@ def toy_inputs(tokens: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     generator = seeded(1)
     x, context = torch.randn(2, 3, 8, 8, generator=generator), torch.randn(2, tokens, 6, generator=generator)
     return x, torch.tensor([3, 700]), context
+
+
+# convolutions
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("size", "sides"), [(1, (2, 2)), (1, (3, 5)), (3, (2, 2)), (3, (2, 3)), (3, (3, 2)), (3, (4, 4)), (3, (1, 1))]
+)
+@given(channels=st.tuples(st.integers(1, 6), st.integers(1, 6)), batch=st.integers(0, 3), seed=st.integers(0, 99))
+@settings(max_examples=10)
+def test_a_convolution_and_its_gradients_are_those_of_torch(size, sides, memory_format, channels, batch, seed):
+    torch.manual_seed(seed)
+    layer = Conv(*channels, size).double().to(memory_format=memory_format)
+    x = torch.randn(batch, channels[0], *sides).double().to(memory_format=memory_format).requires_grad_()
+    plain = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=size // 2)
+    toward = torch.randn_like(plain)
+    wanted = torch.autograd.grad(plain, [x, *layer.parameters()], toward)
+    found = torch.autograd.grad(layer(x), [x, *layer.parameters()], toward)
+    torch.testing.assert_close(layer(x), plain)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_on_the_smallest_map_and_with_the_smallest_kernel_no_convolution_is_called(monkeypatch):
+    x = torch.randn(2, 5, 2, 2, generator=seeded(0)).to(memory_format=torch.channels_last)
+    large = torch.randn(2, 5, 4, 4, generator=seeded(0)).to(memory_format=torch.channels_last)
+
+    def refuse(*args):
+        raise AssertionError("a convolution was called")
+
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", refuse)
+    assert Conv(5, 3, 3)(x).shape == (2, 3, 2, 2)
+    assert Conv(5, 3, 1)(large).is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(AssertionError):
+        Conv(5, 3, 3)(large)
 
 
 # attention
