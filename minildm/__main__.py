@@ -104,7 +104,7 @@ def run_demo(args: argparse.Namespace) -> None:
     import torch
 
     with torch.no_grad():
-        prompts = [f"a {name}" for name in DIGIT_NAMES]
+        prompts = [f"{'an' if name == 'eight' else 'a'} {name}" for name in DIGIT_NAMES]
         denoise = model.denoiser(prompts, guidance_scale=2.0)
         lap("read the prompts (transformer)")
         generator = seeded(0)

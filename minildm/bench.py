@@ -60,7 +60,7 @@ def run() -> dict[str, float]:
     """All figures by name, for the recipe mnist-text on random data."""
     recipe, device = RECIPES["mnist-text"], pick_device()
     torch.manual_seed(0)
-    model = LatentDiffusion(recipe.config).to(device, memory_format=torch.channels_last)
+    model = LatentDiffusion(recipe.config).to(device)
     model.autoencoder.set_latent_statistics(torch.randn(64, *model.latent_shape))
     images = torch.randint(0, 256, (1024, 1, 32, 32), dtype=torch.uint8)
     latents, captions = torch.randn(1024, *model.latent_shape), [PROMPT] * 1024

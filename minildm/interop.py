@@ -522,7 +522,7 @@ def _pipe_from_diffusers(folder: Path) -> LatentDiffusion:
     path = folder / "text_encoder" / "model.safetensors"
     load_weights(model.second_stage.text_encoder, read_safetensors(path)[0], path)
     model.autoencoder, model.second_stage.unet = autoencoder, unet
-    return model.requires_grad_(False).eval()
+    return model.to(memory_format=torch.channels_last).requires_grad_(False).eval()
 
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}

@@ -44,8 +44,8 @@ def kid(a: torch.Tensor, b: torch.Tensor, blocks: int = 10) -> tuple[float, floa
 def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3) -> tuple[float, float]:
     """Precision and recall of a set of features (N, D) against real ones (N, D) (Kynkäänniemi et al., 2019, eqs. 1, 2).
 
-    The support of a set is the union of balls around its points, each as wide as the distance to the k-th nearest other
-    point. Precision: the share of fakes in the support of the reals; recall: of reals in that of the fakes. The
+    The support of a set is the union of balls around its points, with the distance to the k-th nearest other point as
+    radius. Precision: the share of fakes in the support of the reals; recall: of reals in that of the fakes. The
     support changes with N, so sets of different sizes raise ValueError, and so does an N of at most k.
     """
     if real.shape != fake.shape or real.ndim != 2 or len(real) <= k:

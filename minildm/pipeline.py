@@ -126,7 +126,7 @@ class LatentDiffusion(nn.Module):
         self.autoencoder = make_autoencoder(config.autoencoder)
         self.second_stage = SecondStage(config)
         self.schedule = make_schedule(config.schedule, beta_start=config.beta_start, beta_end=config.beta_end)
-        self.requires_grad_(False).eval()
+        self.to(memory_format=torch.channels_last).requires_grad_(False).eval()  # the order for convolutions, lesson 04
 
     @property
     def device(self) -> torch.device:
@@ -208,12 +208,12 @@ class LatentDiffusion(nn.Module):
             raise ValueError(f"images must be (B, {shape[0]}, {size}, {size}), not {tuple(images.shape)}.")
         if not images.is_floating_point() or not images.abs().max() <= 1.001:  # `not <=` also catches NaN
             raise ValueError("images must be float in [-1, 1]: turn uint8 images into them with minildm.data.to_float.")
-        return self.autoencoder.to_latents(images.to(next(self.parameters())))
+        return self.autoencoder.to_latents(images.to(next(self.parameters()))).contiguous()
 
     @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Scaled latents (B, latent_channels, h, w) → images (B, in_channels, H, W), clipped to [-1, 1]."""
-        return self.autoencoder.from_latents(z).clamp(-1, 1)
+        return self.autoencoder.from_latents(z).clamp(-1, 1).contiguous()
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write model.safetensors and config.json, which also keeps the checksum of the weights, into a folder."""
@@ -237,7 +237,7 @@ class LatentDiffusion(nn.Module):
 def encode_all(autoencoder: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     """Raw latents of uint8 images (N, C, H, W), before any sampling or quantising, (N, latent_channels, H/f, W/f)."""
     device = next(autoencoder.parameters()).device
-    return torch.cat([autoencoder.latent(to_float(batch).to(device)).cpu() for batch in images.split(250)])
+    return torch.cat([autoencoder.latent(to_float(batch).to(device)).cpu() for batch in images.split(250)]).contiguous()
 
 
 def second_stage_loss_fn(

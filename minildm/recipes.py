@@ -322,7 +322,7 @@ def train_text(recipe: TextRecipe, out: Path, budget: Budget, resume: bool) -> d
     """Both stages of a text-to-image model; returns what the card says of the training."""
     start, data = time.monotonic(), load_mnist()
     torch.manual_seed(recipe.seed)
-    model = LatentDiffusion(recipe.config).to(pick_device(), memory_format=torch.channels_last)
+    model = LatentDiffusion(recipe.config).to(pick_device())
     loading = time.monotonic() - start
     first = train_first_stage(recipe, model.autoencoder, data.x_train, out, budget.share(recipe.first_share), resume)
     start = time.monotonic() - first.elapsed - loading  # counts what a run that was killed had spent, too

@@ -59,7 +59,7 @@ def test_the_command_writes_every_figure_and_keeps_what_is_done(monkeypatch, tmp
 @pytest.mark.parametrize("work", WORKS)
 def test_both_libraries_do_the_same_also_after_steps_of_training(both, work):
     ours, theirs = both[0][work], both[1][work]
-    results = torch.stack([torch.stack([ours(), theirs()]).view(2, -1) for _ in range(4)])  # (4, 2, …)
+    results = torch.stack([torch.stack([ours(), theirs()]).reshape(2, -1) for _ in range(4)])  # (4, 2, …)
     torch.testing.assert_close(results[:, 0], results[:, 1], rtol=1e-3, atol=1e-4)
     assert results[0].std() > 1e-3 or work[1] == "training step"
     assert (results[-1] < results[0]).all() == (work[1] == "training step")  # the loss falls; nothing else changes

@@ -11,7 +11,7 @@ import torch
 
 from minildm import metrics, pipeline, recipes
 from minildm.conditioning import PromptError
-from minildm.data import DIGIT_NAMES, MNIST_SHA256, DataError, drop_words, seeded, to_float
+from minildm.data import DIGIT_NAMES, MNIST_SHA256, DataError, drop_words, seeded, to_float, to_uint8
 from minildm.diffusion import diffusion_loss
 from minildm.judge import predict
 from minildm.pipeline import LatentDiffusion, LDMConfig, encode_all, second_stage_loss_fn, weights_root
@@ -211,6 +211,19 @@ def test_all_images_are_encoded_in_order(tiny_model):
 
 
 # files
+
+
+def test_kernels_lie_with_the_channels_last_and_results_in_the_usual_order(tiny_model, tiny_folder):
+    channels = tiny.CONFIG.autoencoder.latent_channels
+    statistics = {"latent_shift": (0.0,) * channels, "latent_scale": (1.0,) * channels}
+    colour = replace(tiny.CONFIG.autoencoder, in_channels=3, **statistics)
+    coloured = LatentDiffusion(replace(tiny.CONFIG, autoencoder=colour))
+    for model in (tiny_model, LatentDiffusion.from_pretrained(tiny_folder), coloured):
+        kernels = [w for w in model.parameters() if w.ndim == 4]
+        assert kernels and all(w.is_contiguous(memory_format=torch.channels_last) for w in kernels)
+        images = model.decode(torch.randn(2, *model.latent_shape, generator=seeded(0)))
+        assert images.is_contiguous() and model.encode(images).is_contiguous()
+        assert encode_all(model.autoencoder, to_uint8(images)).is_contiguous()
 
 
 def test_a_saved_model_comes_back_whole(tiny_model, tiny_folder):
