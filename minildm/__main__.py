@@ -7,6 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+SAMPLING = {  # the defaults of what says how to draw
+    "steps": 20,
+    "sampler": "ddim",
+    "guidance_scale": 2.0,
+    "guidance_interval": (0, math.inf),
+    "guidance_rescale": 0.0,
+}
+
 
 def positive(text: str) -> float:
     """A number above 0, for argparse."""
@@ -18,19 +26,19 @@ def positive(text: str) -> float:
 
 def add_guidance(parser: argparse.ArgumentParser) -> None:
     """The options of guidance: how much, at which steps (all by default), and how much of its length to give back."""
-    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("--guidance-scale", type=float, default=SAMPLING["guidance_scale"])
     parser.add_argument(
         "--guidance-interval",
         type=float,
         nargs=2,
-        default=(0, math.inf),
+        default=SAMPLING["guidance_interval"],
         metavar=("LOW", "HIGH"),
         help="guide only at steps LOW <= t < HIGH of the 1000",
     )
     parser.add_argument(
         "--guidance-rescale",
         type=float,
-        default=0.0,
+        default=SAMPLING["guidance_rescale"],
         metavar="SHARE",
         help="give guided predictions back their deviation, 0 (not) to 1",
     )
@@ -48,9 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("prompts", nargs="+", help='such as "a thick slanted seven"')
     sample.add_argument("--model", default="mnist-text", help="a shipped name or a folder")
     sample.add_argument("--count", type=int, default=8, help="images for each prompt")
-    sample.add_argument("--steps", type=int, default=20)
+    sample.add_argument("--steps", type=int, default=SAMPLING["steps"])
     add_guidance(sample)
-    sample.add_argument("--sampler", default="ddim", help="ddim, ddpm or dpm++")
+    sample.add_argument("--sampler", default=SAMPLING["sampler"], help="ddim, ddpm or dpm++")
     sample.add_argument("--eta", type=float, default=0.0, help="share of DDPM's noise in ddim, 0 to 1")
     sample.add_argument("--init", type=Path, help="start from this picture, light on dark (image to image)")
     sample.add_argument("--strength", type=float, help="how much of it to redo, up to 1 (default 0.6)")
@@ -60,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a recipe from raw data; without one, list the recipes")
     train.add_argument("recipe", nargs="?")
     length = train.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=positive, help="wall clock for everything (default 5)")
+    length.add_argument("--minutes", type=positive, help="wall clock of the training (default 5)")
     length.add_argument("--steps", type=int, help="optimiser steps of all stages together")
     train.add_argument("--out", type=Path, help="folder of the run (default runs/RECIPE)")
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -68,9 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure a model and write its figures")
     evaluate.add_argument("model", help="a shipped name or a folder")
     evaluate.add_argument("--samples", type=int, default=10_000)
-    evaluate.add_argument("--steps", type=int, default=20)
+    evaluate.add_argument("--steps", type=int, default=SAMPLING["steps"])
     add_guidance(evaluate)
-    evaluate.add_argument("--sampler", default="ddim", help="ddim, ddpm or dpm++")
+    evaluate.add_argument("--sampler", default=SAMPLING["sampler"], help="ddim, ddpm or dpm++")
     evaluate.add_argument("--out", type=Path, help="default metrics.json in the folder, or runs/evaluate/NAME.json")
 
     experiment = commands.add_parser("experiment", help="one of the paper's experiments in miniature")
@@ -177,17 +185,21 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
     device, judge = pick_device(), recipes.load_judge()
     if recipes.is_first_stage(args.model):
+        for option, default in SAMPLING.items():
+            if getattr(args, option) != default:
+                raise ValueError(f"a first stage draws no samples: leave --{option.replace('_', '-')} out.")
         autoencoder, sampling = recipes.load_autoencoder(args.model).to(device), {}
         figures = recipes.evaluate_first_stage(autoencoder, judge, recipes.load_features().to(device), args.samples)
     else:
         model = LatentDiffusion.from_pretrained(args.model).to(device)
         sampling = {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler}
-        low, high = args.guidance_interval
-        if (low, high) != (0, math.inf):
-            sampling["guidance_interval"] = (low, min(high, len(model.schedule)))  # JSON has no infinity
+        if tuple(args.guidance_interval) != SAMPLING["guidance_interval"]:
+            sampling["guidance_interval"] = tuple(args.guidance_interval)
         if args.guidance_rescale:
             sampling["guidance_rescale"] = args.guidance_rescale
         figures = recipes.evaluate(model, judge, args.samples, **sampling)
+        if "guidance_interval" in sampling:  # JSON has no infinity
+            sampling["guidance_interval"] = tuple(min(t, len(model.schedule)) for t in args.guidance_interval)
     for name, value in figures.items():
         print(f"{name:28} {value:10.4g}")
     folder = Path(args.model)

@@ -20,15 +20,20 @@ from minildm.training import Budget, train
 PROMPT = "a thick slanted seven"
 
 
+def stopwatch(work: Callable[[], object]) -> float:
+    """The seconds that `work()` takes, on a GPU to its end."""
+    start = time.perf_counter()
+    work()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
 def median_seconds(work: Callable[[], object], repeats: int = 7) -> float:
     """The median wall clock of `work()` over `repeats` runs, after one that warms up."""
     times = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(stopwatch(work))
     return statistics.median(times[1:])
 
 

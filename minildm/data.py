@@ -78,6 +78,8 @@ def write_atomically(path: Path, write) -> None:
     """Call `write(temporary_path)`, then rename: the file is there whole or not at all."""
     path = Path(path)
     path = path.resolve() if path.is_symlink() else path  # the file behind a link
+    if not path.name:
+        raise ValueError(f"{path} is a folder: give the name of a file in it.")
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path} is no ordinary file: choose another place.")
     path.parent.mkdir(parents=True, exist_ok=True)

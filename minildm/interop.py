@@ -512,13 +512,16 @@ def _pipe_from_diffusers(folder: Path) -> LatentDiffusion:
         raise DataError(f"the text encoder in {folder} is not minildm's: give its folder unet or vae alone.")
     unet, autoencoder = from_diffusers(folder / "unet"), from_diffusers(folder / "vae")
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
-    size = _read_json(folder / "vae" / "config.json")["sample_size"] * autoencoder.config.patch
     try:
         schedule = scheduler_from_diffusers(scheduler)
     except KeyError as error:
         raise DataError(f"the scheduler in {folder} has no counterpart in minildm: {error}.") from None
-    words, depth = tuple(text["words"]), text["text_depth"]
-    model = LatentDiffusion(LDMConfig(autoencoder.config, unet.config, words, depth, **schedule, image_size=size))
+    try:
+        size = _read_json(folder / "vae" / "config.json")["sample_size"] * autoencoder.config.patch
+        words, depth = tuple(text["words"]), text["text_depth"]
+        model = LatentDiffusion(LDMConfig(autoencoder.config, unet.config, words, depth, **schedule, image_size=size))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"the configs in {folder} do not describe a pipeline of minildm ({error!r}).") from None
     path = folder / "text_encoder" / "model.safetensors"
     load_weights(model.second_stage.text_encoder, read_safetensors(path)[0], path)
     model.autoencoder, model.second_stage.unet = autoencoder, unet

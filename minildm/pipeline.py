@@ -183,7 +183,7 @@ class LatentDiffusion(nn.Module):
         order = timesteps(self.schedule, steps)
         denoise = self.denoiser(prompts, guidance_scale, guidance_interval, guidance_rescale)
         generator = seeded(seed)
-        x = torch.randn(len(prompts), *self.latent_shape, generator=generator).to(self.device)
+        x = torch.randn(len(prompts), *self.latent_shape, generator=generator).to(next(self.parameters()))
         if init is not None:
             if not 0 < strength <= 1:
                 raise ValueError(f"strength must be above 0 and at most 1, not {strength}.")

@@ -55,6 +55,7 @@ from minildm.pipeline import (
     load_model,
     read_model,
     second_stage_loss_fn,
+    weights_root,
 )
 from minildm.training import (
     Budget,
@@ -260,8 +261,11 @@ def train_recipe(name: str, out: Path | str, budget: Budget, resume: bool = Fals
         FeaturesRecipe: train_features,
         AutoencoderRecipe: train_autoencoder,
     }
+    weights = out / "model.safetensors"
+    before = sha256(weights) if weights.exists() else None
     made = trainer[type(recipe)](recipe, out, budget, resume)
-    write_card(out, name, recipe, budget, made)
+    metrics = metrics_in_card(out) if sha256(weights) == before else {}  # a finished run was resumed
+    write_card(out, name, recipe, budget, made, metrics)
     return out
 
 
@@ -376,8 +380,16 @@ def cached_latents(
     return model.autoencoder.standardise(tensors["raw"]), float(metadata["spent"])
 
 
-def write_card(out: Path, name: str, recipe: Recipe, budget: Budget, made: dict) -> None:
-    """card.json: which recipe, seed, data, steps, seconds and machine made the weights, and the command."""
+def metrics_in_card(folder: Path) -> dict:
+    """{"metrics": …} as `evaluate` put it into the card.json of a folder, or nothing."""
+    try:
+        return {"metrics": json.loads((folder / "card.json").read_text())["metrics"]}
+    except (OSError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def write_card(out: Path, name: str, recipe: Recipe, budget: Budget, made: dict, metrics: dict) -> None:
+    """card.json: which recipe, seed, data, steps, seconds and machine made the weights, the command, and metrics."""
     amount = f"--steps {budget.steps}" if budget.steps else f"--minutes {budget.seconds / 60:g}"
     card = {
         "recipe": name,
@@ -388,6 +400,7 @@ def write_card(out: Path, name: str, recipe: Recipe, budget: Budget, made: dict)
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {pick_device()}",
         "torch": torch.__version__,
         "configuration": asdict(recipe),
+        **metrics,
     }
     write_atomically(out / "card.json", lambda file: file.write_text(json.dumps(card, indent=1)))
 
@@ -411,13 +424,15 @@ def save_weights(model: nn.Module, config: dict, folder: Path) -> None:
     write_atomically(folder / "config.json", lambda file: file.write_text(json.dumps(config)))
 
 
-def load_judge(name: Path | str = "mnist-classifier") -> DigitClassifier:
+def load_judge(name: Path | str | None = None) -> DigitClassifier:
     """The shipped digit classifier, or one from a folder, ready to judge. Raises DataError like `from_pretrained`."""
+    name = name or weights_root() / "mnist-classifier"  # not a folder of that name where the command is run
     return load_model(name, lambda config: DigitClassifier(), "a digit classifier")
 
 
-def load_features(name: Path | str = "mnist-features") -> FeatureNet:
+def load_features(name: Path | str | None = None) -> FeatureNet:
     """The shipped network of the perceptual distance, or one from a folder. Raises DataError like `from_pretrained`."""
+    name = name or weights_root() / "mnist-features"
     return load_model(name, lambda config: FeatureNet(), "a network of features")
 
 

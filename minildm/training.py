@@ -161,6 +161,8 @@ def load_checkpoint(state: TrainState, path: Path | str) -> dict:
         index, slot = int(key.split(".")[0]), key.split(".")[1]
         if value.shape == parameters[index].shape:  # the fused optimiser wants its moments laid out as the weights are
             value = torch.empty_like(parameters[index]).copy_(value)
+        else:
+            value = value.clone()  # what is a view of the file would keep it from being replaced on Windows
         optimiser["state"].setdefault(index, {})[slot] = value
     state.optimiser.load_state_dict(optimiser)
     state.generator.set_state(tensors["generator"])

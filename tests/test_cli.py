@@ -106,6 +106,8 @@ def test_train_and_evaluate_write_a_model_and_its_figures(tiny_recipe, tmp_path,
     elsewhere = json.loads(Path("elsewhere.json").read_text())
     assert elsewhere["sampler"] == "ddim" and elsewhere["guidance_interval"] == [100, 1000]
     assert elsewhere["guidance_rescale"] == 0.5 and "guidance_rescale" not in metrics
+    late = ["--samples", "20", "--steps", "2", "--guidance-interval", "1200", "1500", "--out", "late.json"]
+    assert main(["evaluate", str(folder), *late]) == 0  # no step is guided
     assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
@@ -175,6 +177,9 @@ def test_the_place_that_cannot_be_written_is_named_as_it_was_given(tiny_folder, 
         (["evaluate", "mnist-text", "--samples", "20000"], "evaluate on 20 to 10,000 samples"),
         (["evaluate", "mnist-text", "--samples", "20", "--steps", "0"], "steps must be between 1 and 1000"),
         (["evaluate", "mnist-text", "--samples", "20", "--sampler", "x"], "choose one of ddim"),
+        (["evaluate", "mnist-kl-f4", "--samples", "20", "--steps", "5"], "draws no samples: leave --steps out"),
+        (["evaluate", "mnist-kl-f4", "--guidance-interval", "0", "500"], "leave --guidance-interval out"),
+        (["sample", "7", "--steps", "1", "--out", "."], "is a folder: give the name of a file in it"),
         (["demo", "--out", "file/demo.png"], "cannot be opened or written"),
     ],
 )
@@ -252,9 +257,18 @@ def test_another_run_in_the_folder_is_refused_and_left_alone(finished, refused, 
 
 
 def test_resuming_a_finished_run_changes_nothing(finished):
+    assert main(["evaluate", str(finished), "--samples", "20", "--steps", "1"]) == 0
     before = contents(finished)
+    assert "metrics" in json.loads(before["card.json"])
     assert main(["train", "tiny", "--steps", "10", "--out", str(finished), "--resume"]) == 0
-    assert contents(finished)["model.safetensors"] == before["model.safetensors"]
+    assert contents(finished) == before
+
+
+def test_figures_of_other_weights_do_not_stay_in_the_card(finished):
+    (finished / "card.json").write_text(json.dumps({"metrics": {"samples": 20}}))
+    (finished / "model.safetensors").write_bytes(b"others")
+    assert main(["train", "tiny", "--steps", "10", "--out", str(finished), "--resume"]) == 0
+    assert "metrics" not in json.loads(contents(finished)["card.json"])
 
 
 @pytest.mark.parametrize(

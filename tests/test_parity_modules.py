@@ -501,6 +501,12 @@ def test_what_cannot_be_written_or_read_is_refused(tmp_path, tiny_model):
     (tmp_path / "pipe" / "text_encoder" / "config.json").write_text('{"_class_name": "CLIPTextModel"}')
     with pytest.raises(DataError, match="the text encoder in .* is not minildm's"):
         from_diffusers(tmp_path / "pipe")
+    for part, key in (("text_encoder", "words"), ("vae", "sample_size")):
+        to_diffusers(tiny_model, tmp_path / "pipe")
+        config = tmp_path / "pipe" / part / "config.json"
+        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != key}))
+        with pytest.raises(DataError, match="do not describe a pipeline of minildm"):
+            from_diffusers(tmp_path / "pipe")
 
 
 # whole pipelines

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -332,6 +334,24 @@ def test_models_of_the_other_kind_are_refused(tiny_folder):
         LatentDiffusion.from_pretrained("mnist-classifier")
     with pytest.raises(DataError, match="belongs to another model"):
         recipes.load_judge(tiny_folder)
+
+
+def test_a_folder_with_the_judge_s_name_does_not_judge(tiny_folder, tmp_path, monkeypatch):
+    for name, load in (("mnist-classifier", recipes.load_judge), ("mnist-features", recipes.load_features)):
+        shutil.copytree(tiny_folder, tmp_path / name)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(DataError):
+            load(name)  # a name that is given finds the folder first
+        load()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_float_type_samples(tiny_model, dtype):
+    model = deepcopy(tiny_model).to(dtype)
+    images = model.sample(PROMPTS, steps=3, init=torch.zeros(1, 1, 32, 32))
+    assert images.dtype == model.sample(PROMPTS, steps=3).dtype == dtype
+    difference = images.float() - tiny_model.sample(PROMPTS, steps=3, init=torch.zeros(1, 1, 32, 32))
+    assert difference.abs().max() < (1e-3 if dtype == torch.float64 else 0.2)
 
 
 # a whole run

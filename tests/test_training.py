@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import tiny
@@ -245,6 +246,14 @@ def test_a_checkpoint_before_the_first_step_can_be_loaded(tmp_path):
     state = line_state(seed=1)
     load_checkpoint(state, tmp_path / "checkpoint")
     assert run(state).history == run(line_state()).history
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what a process has mapped")
+def test_a_loaded_checkpoint_is_not_held_open(tmp_path):
+    state = run(line_state())
+    save_checkpoint(state, tmp_path / "checkpoint.mapped")
+    load_checkpoint(state, tmp_path / "checkpoint.mapped")
+    assert "checkpoint.mapped" not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize(

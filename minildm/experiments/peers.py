@@ -2,7 +2,6 @@
 
 import os
 import statistics
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from minildm.autoencoder import AutoencoderConfig, AutoencoderKL
+from minildm.bench import stopwatch
 from minildm.conditioning import guided
 from minildm.data import import_torchvision, pick_device, seeded
 from minildm.experiments.common import kept
@@ -229,15 +229,6 @@ def compare(ours: Callable, theirs: Callable, repeats: int) -> dict[str, float]:
         "ours_mb": round(peak_megabytes(ours), 2),
         "diffusers_mb": round(peak_megabytes(theirs), 2),
     }
-
-
-def stopwatch(run: Callable) -> float:
-    """The seconds that `run()` takes."""
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def peak_megabytes(run: Callable) -> float:
