@@ -198,8 +198,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
         if args.guidance_rescale:
             sampling["guidance_rescale"] = args.guidance_rescale
         figures = recipes.evaluate(model, judge, args.samples, **sampling)
-        if "guidance_interval" in sampling:  # JSON has no infinity
-            sampling["guidance_interval"] = tuple(min(t, len(model.schedule)) for t in args.guidance_interval)
+        low, high = args.guidance_interval
+        if "guidance_interval" in sampling and high == math.inf:  # which JSON does not have
+            sampling["guidance_interval"] = (low, len(model.schedule))
     for name, value in figures.items():
         print(f"{name:28} {value:10.4g}")
     folder = Path(args.model)

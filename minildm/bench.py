@@ -31,10 +31,7 @@ def stopwatch(work: Callable[[], object]) -> float:
 
 def median_seconds(work: Callable[[], object], repeats: int = 7) -> float:
     """The median wall clock of `work()` over `repeats` runs, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        times.append(stopwatch(work))
-    return statistics.median(times[1:])
+    return statistics.median([stopwatch(work) for _ in range(repeats + 1)][1:])
 
 
 def convolution_throughput(batch: int = 128, channels: int = 128, size: int = 8) -> float:

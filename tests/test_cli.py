@@ -108,6 +108,7 @@ def test_train_and_evaluate_write_a_model_and_its_figures(tiny_recipe, tmp_path,
     assert elsewhere["guidance_rescale"] == 0.5 and "guidance_rescale" not in metrics
     late = ["--samples", "20", "--steps", "2", "--guidance-interval", "1200", "1500", "--out", "late.json"]
     assert main(["evaluate", str(folder), *late]) == 0  # no step is guided
+    assert json.loads(Path("late.json").read_text())["guidance_interval"] == [1200, 1500]
     assert json.loads((folder / "metrics.json").read_text()) == metrics
 
 
