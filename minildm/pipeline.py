@@ -65,6 +65,14 @@ def weights_root() -> Path:
     return data_root() / "weights"
 
 
+def save_model(model: nn.Module, config: dict, folder: Path) -> None:
+    """Write a model's weights (model.safetensors), its config and their checksum (config.json) into a folder."""
+    weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
+    write_atomically(folder / "model.safetensors", lambda file: save_file(weights, file))
+    config = config | {"weights_sha256": sha256(folder / "model.safetensors")}
+    write_atomically(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=1)))
+
+
 def read_model(name: Path | str) -> tuple[dict, dict[str, torch.Tensor], Path]:
     """config.json, the weights, and their path, of a model given by its shipped name or its folder.
 
@@ -216,13 +224,8 @@ class LatentDiffusion(nn.Module):
         return self.autoencoder.from_latents(z).clamp(-1, 1).contiguous()
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write model.safetensors and config.json, which also keeps the checksum of the weights, into a folder."""
-        folder = Path(folder)
-        weights = {k: v.cpu().contiguous() for k, v in self.state_dict().items()}
-        write_atomically(folder / "model.safetensors", lambda file: save_file(weights, file))
-        config = asdict(replace(self.config, autoencoder=self.autoencoder.config))
-        config["weights_sha256"] = sha256(folder / "model.safetensors")
-        write_atomically(folder / "config.json", lambda file: file.write_text(json.dumps(config, indent=1)))
+        """Write the model into a folder, as `save_model` does."""
+        save_model(self, asdict(replace(self.config, autoencoder=self.autoencoder.config)), Path(folder))
 
     @classmethod
     def from_pretrained(cls, name: Path | str) -> "LatentDiffusion":

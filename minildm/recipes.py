@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from minildm.autoencoder import (
     Autoencoder,
@@ -54,6 +53,7 @@ from minildm.pipeline import (
     encode_all,
     load_model,
     read_model,
+    save_model,
     second_stage_loss_fn,
     weights_root,
 )
@@ -164,7 +164,7 @@ RECIPES: dict[str, Recipe] = {
             unet=UNetConfig(
                 in_channels=3,
                 out_channels=3,
-                channels=64,
+                channels=48,
                 multipliers=(1, 1),
                 attention=(True, False),
                 context_dim=64,
@@ -278,7 +278,7 @@ def train_classifier(recipe: ClassifierRecipe, out: Path, budget: Budget, resume
     )
     loss_fn = classifier_loss(data.x_train, data.y_train, stage.batch_size)
     run_stage("classifier", state, loss_fn, budget, stage.lr, out / "checkpoint.safetensors", resume)
-    save_weights(state.ema.model, {}, out)
+    save_model(state.ema.model, {}, out)
     read, _ = predict(state.ema.model, to_float(data.x_test))
     accuracy = (read == data.y_test).float().mean().item()
     print(f"test accuracy {accuracy:.2%}")
@@ -293,7 +293,7 @@ def train_features(recipe: FeaturesRecipe, out: Path, budget: Budget, resume: bo
     state = TrainState.start(net, stage.lr, recipe.seed, stage.weight_decay, stage.ema_decay)
     loss_fn = feature_net_loss_fn(data.x_train, data.y_train, stage.batch_size)
     run_stage("features", state, loss_fn, budget, stage.lr, out / "checkpoint.safetensors", resume)
-    save_weights(state.ema.model, {}, out)
+    save_model(state.ema.model, {}, out)
     with torch.no_grad():
         read = torch.cat(
             [state.ema.model(x.to(pick_device())).argmax(1).cpu() for x in to_float(data.x_test).split(500)]
@@ -318,7 +318,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, budget: Budget, resu
     run_stage("autoencoder", state, loss_fn, budget, stage.lr, out / "checkpoint.safetensors", resume)
     autoencoder = state.ema.model.autoencoder
     autoencoder.set_latent_statistics(encode_all(autoencoder, data.x_train))
-    save_weights(autoencoder, asdict(autoencoder.config), out)
+    save_model(autoencoder, asdict(autoencoder.config), out)
     return {"steps": state.step, "seconds": round(state.elapsed)}
 
 
@@ -414,14 +414,6 @@ def add_to_card(folder: Path, metrics: dict) -> None:
         except (TypeError, ValueError):
             raise DataError(f"{path} is damaged: restore it, or delete it and evaluate again.") from None
         write_atomically(path, lambda file: file.write_text(json.dumps(card, indent=1)))
-
-
-def save_weights(model: nn.Module, config: dict, folder: Path) -> None:
-    """Write a model's weights, its config and the checksum of the weights into a folder."""
-    weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
-    write_atomically(folder / "model.safetensors", lambda file: save_file(weights, file))
-    config = config | {"weights_sha256": sha256(folder / "model.safetensors")}
-    write_atomically(folder / "config.json", lambda file: file.write_text(json.dumps(config)))
 
 
 def load_judge(name: Path | str | None = None) -> DigitClassifier:

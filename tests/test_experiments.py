@@ -4,12 +4,13 @@ import json
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
-from minildm import experiments, recipes
+from minildm import experiments, pipeline, recipes
 from minildm.__main__ import main
 from minildm.data import DIGIT_NAMES, data_root, seeded, sha256, to_float
 from minildm.diffusion import make_schedule
@@ -32,11 +33,15 @@ def run(monkeypatch, tmp_path, tiny_folder):
         monkeypatch.setattr(module, "LatentDiffusion", model)
     for module in (first_stage, pixel_latent, scaling, reuse):
         monkeypatch.setattr(module, "draw", partial(common.draw, steps=2))
-    out = tmp_path / "result.json"
+    out, read = tmp_path / "result.json", []
+    read_model = pipeline.read_model
+    monkeypatch.setattr(pipeline, "read_model", lambda name: read.append(Path(name)) or read_model(name))
 
     def call(name: str, *options):
         out.unlink(missing_ok=True)
         main(["experiment", name, *map(str, options), "--out", str(out), "--work", str(tmp_path / "work")])
+        shipped = {path.name for path in read if not path.is_relative_to(tmp_path)}
+        assert shipped <= set(EXPERIMENTS[name].weights)  # so that a change of any of them is found out
         return json.loads(out.read_text()) if out.exists() else None
 
     return call
@@ -126,8 +131,11 @@ def test_guidance(run, monkeypatch, nothing_again, capsys):
     check_about(result, "guidance", "--samples 40")
     nothing_again()
     assert run("guidance", "--samples", 40) == result
-    assert run("guidance", "--samples", 50) is None
-    assert "other settings or weights" in capsys.readouterr().err
+    other = replace(EXPERIMENTS["guidance"], weights=("mnist-kl-f4", "mnist-classifier"))
+    monkeypatch.setitem(EXPERIMENTS, "guidance", other)
+    for samples in (40, 50):
+        assert run("guidance", "--samples", samples) is None
+        assert "other settings or weights" in capsys.readouterr().err
 
 
 def test_steps(run, monkeypatch, nothing_again):
@@ -320,9 +328,9 @@ def test_bad_arguments_are_refused(refused):
 
 
 def test_defaults_are_taken_where_nothing_is_given():
-    experiment = experiments.Experiment(lambda work: {}, seconds=3, samples=30)
+    experiment = experiments.Experiment(lambda work: {}, (), seconds=3, samples=30)
     assert experiment.options("x", {"seconds": None, "samples": 40}) == {"seconds": 3, "samples": 40}
-    assert experiments.Experiment(lambda work: {}).options("x", {"seconds": None, "samples": None}) == {}
+    assert experiments.Experiment(lambda work: {}, ()).options("x", {"seconds": None, "samples": None}) == {}
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
@@ -342,4 +350,6 @@ def test_each_result_names_the_command_that_makes_it(path):
 @pytest.mark.parametrize("name", ["guidance", "steps"])
 def test_what_was_measured_on_samples_was_measured_with_the_weights_that_are_shipped(name):
     about = json.loads((data_root() / "results" / f"{name}.json").read_text())["about"]
-    assert about["weights"] == sha256(weights_root() / "mnist-text" / "model.safetensors")
+    assert about["weights"] == {
+        shipped: sha256(weights_root() / shipped / "model.safetensors") for shipped in EXPERIMENTS[name].weights
+    }

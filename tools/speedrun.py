@@ -36,7 +36,7 @@ CHANGES = {
     "rate 2e-2": {"stage": {"lr": 2e-2}},
     "one text layer": {"config": {"text_depth": 1}},
     "32 channels": {"unet": {"channels": 32}},
-    "48 channels": {"unet": {"channels": 48}},
+    "64 channels": {"unet": {"channels": 64}},
     "one level": {"unet": {"multipliers": (1,), "attention": (True,)}},
     "transformers at 2x2, too": {"unet": {"attention": (True, True)}},
     "twice as wide at 2x2": {"unet": {"multipliers": (1, 2)}},

@@ -12,17 +12,19 @@ import torch
 from minildm.data import pick_device, sha256, write_atomically
 from minildm.experiments import first_stage, guidance, peers, pixel_latent, reuse, scaling, steps
 from minildm.experiments.common import SEED, kept
-from minildm.pipeline import read_model
+from minildm.pipeline import read_model, weights_root
 
 
 @dataclass(frozen=True)
 class Experiment:
     """`run(work, **options)` returns what is measured; its options with their defaults, None for one it does not take.
 
-    `seconds`: of one training. `samples`: how many images are measured.
+    `weights`: the shipped models that it builds on. `seconds`: of one training. `samples`: how many images are
+    measured.
     """
 
     run: Callable[..., dict]
+    weights: tuple[str, ...]
     seconds: float | None = None
     samples: int | None = None
 
@@ -43,14 +45,15 @@ class Experiment:
         return chosen
 
 
+JUDGE = "mnist-classifier"
 EXPERIMENTS = {
-    "first-stage": Experiment(first_stage.first_stage, seconds=40, samples=1600),
-    "guidance": Experiment(guidance.guidance, samples=2000),
-    "steps": Experiment(steps.steps, samples=1000),
-    "pixel-latent": Experiment(pixel_latent.pixel_latent, seconds=100, samples=400),
-    "scaling": Experiment(scaling.scaling, seconds=120, samples=400),
-    "reuse": Experiment(reuse.reuse, seconds=60, samples=400),
-    "peers": Experiment(peers.peers),
+    "first-stage": Experiment(first_stage.first_stage, (JUDGE, "mnist-features"), seconds=40, samples=1600),
+    "guidance": Experiment(guidance.guidance, ("mnist-text", JUDGE), samples=2000),
+    "steps": Experiment(steps.steps, ("mnist-text", JUDGE), samples=1000),
+    "pixel-latent": Experiment(pixel_latent.pixel_latent, ("mnist-kl-f4", JUDGE), seconds=100, samples=400),
+    "scaling": Experiment(scaling.scaling, ("mnist-text", JUDGE), seconds=120, samples=400),
+    "reuse": Experiment(reuse.reuse, ("mnist-kl-f4", JUDGE), seconds=60, samples=400),
+    "peers": Experiment(peers.peers, ("mnist-text",)),
 }
 
 
@@ -63,8 +66,8 @@ def run_experiment(name: str, out: Path, work: Path, seconds: float | None = Non
     if name not in EXPERIMENTS:
         raise ValueError(f'there is no experiment "{name}": choose one of {", ".join(EXPERIMENTS)}.')
     options = EXPERIMENTS[name].options(name, {"seconds": seconds, "samples": samples})
-    shipped = read_model("mnist-text")[2]
-    settings = {"experiment": name, **options, "seed": SEED, "weights": sha256(shipped)}
+    weights = {shipped: sha256(read_model(weights_root() / shipped)[2]) for shipped in EXPERIMENTS[name].weights}
+    settings = {"experiment": name, **options, "seed": SEED, "weights": weights}
     before = kept(work / "settings.json", lambda: settings)
     if {key: value for key, value in before.items() if key != "wall_clock"} != settings:
         raise ValueError(

@@ -22,7 +22,7 @@ from minildm.experiments.common import (
 from minildm.pipeline import LatentDiffusion, LDMConfig, SecondStage, encode_all
 from minildm.recipes import RECIPES
 
-CHANNELS = (32, 64, 128)
+CHANNELS = (24, 48, 96)
 IMAGES = (60, 600, 6000, 60_000)
 LOSS_STEPS = range(50, 1000, 100)
 
@@ -30,7 +30,7 @@ LOSS_STEPS = range(50, 1000, 100)
 def scaling(work: Path, seconds: float, samples: int) -> dict:
     """The second stage against size, data and seconds: the content of scaling.json.
 
-    "sizes": UNets of 32, 64 and 128 channels on the latents of mnist-text, trained for `seconds`; after an eighth, a
+    "sizes": UNets of 24, 48 and 96 channels on the latents of mnist-text, trained for `seconds`; after an eighth, a
     quarter, a half and all of them, the loss on `samples` test images and the quality of as many drawings. "data": the
     middle size on the first 60, 600, 6000 and all training images, for half as long; the loss on test images and on
     those that it was trained on. real_frechet: the Fréchet distance of as many real training images.
